@@ -1,0 +1,144 @@
+"""The Python interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._version import __version__
+from .calibrate.collect import collecting, expert_stats
+from .calibrate.compile import Compilation, Events, Record
+from .calibrate.plan import Plan, PlanError
+from .calibrate.structure import quantizable
+from .calibrate.text import Calibration
+from .formats.base import Source, open_source
+from .kernels.linear import QuantLinear
+from .quant.scheme import Scheme
+from .quant.solver import quantize_tensor
+from .quant.stats import Stats
+from .quant.tensor import QuantizedTensor, stack
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto") -> Any:
+    """The model of a packed checkpoint, its layers replaced by ones that compute from the packed bits.
+
+    dtype: of activations and unquantized weights ("auto": the checkpoint's). FormatError for a folder that is
+    incomplete, damaged or of a newer format.
+    """
+    import transformers
+
+    from .formats.native import open_native
+
+    source = open_native(path)
+    names = source.config.get("architectures") or ["AutoModelForCausalLM"]
+    cls = getattr(transformers, names[0])
+    return cls.from_pretrained(str(path), device_map={"": str(device)}, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def generate(model: Any, input_ids: Tensor, max_new_tokens: int = 64, **options: Any) -> Tensor:
+    """Token ids [batch, prompt + new] after `input_ids` [batch, prompt], greedy unless `options` (those of
+    transformers' `generate`) say otherwise."""
+    options.setdefault("do_sample", False)
+    if not options["do_sample"]:
+        options |= {"temperature": None, "top_p": None, "top_k": None}
+    options.setdefault("attention_mask", torch.ones_like(input_ids))
+    return model.generate(input_ids.to(model.device), max_new_tokens=max_new_tokens, **options)
+
+
+def quantize_linear(
+    linear: nn.Module, scheme: Scheme | dict, *, solver: str = "rtn", stats: Stats | None = None, seed: int = 0
+) -> QuantLinear:
+    """A QuantLinear in place of an nn.Linear (or transformers' Conv1D). Arguments and errors as `quantize_tensor`."""
+    weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
+    w = weight if isinstance(linear, nn.Linear) else weight.T
+    qt = quantize_tensor(w, scheme, solver=solver, stats=stats, seed=seed)
+    return QuantLinear.from_tensor(qt, None if bias is None else bias.detach().clone())
+
+
+def quantize_model(model: Any, plan: Plan | dict, *, tokens: Tensor | None = None) -> Any:
+    """Replace, in place, the layers of a transformers model in memory as `plan` says; returns the model.
+
+    tokens: int64 [sequences, length], for solvers that need statistics; they are taken from the unquantized model in
+    one pass. For checkpoints larger than memory there is `compile_checkpoint`. Raises PlanError.
+    """
+    from .calibrate.structure import decoder_blocks
+    from .hf import replace_modules
+
+    if isinstance(plan, dict):
+        plan = Plan.from_dict(plan)
+    weights = quantizable(model)
+    blocks = tuple(name + "." for name, _ in decoder_blocks(model))
+    chosen = {k: s for k, s in plan.resolve(weights, [k for k in weights if k.startswith(blocks)]).items() if s}
+    calibrated = {k: weights[k] for k in chosen if weights[k].kind != "embedding" or weights[k].head}
+    moments: dict[str, Any] = {}
+    if plan.solver != "rtn":
+        if tokens is None:
+            raise PlanError(f"solver {plan.solver} needs calibration tokens (tokens=)")
+        with collecting(model, calibrated) as moments, torch.no_grad():
+            for batch in tokens.split(4):
+                model(input_ids=batch)
+    packed: dict[str, QuantizedTensor] = {}
+    for name, scheme in chosen.items():
+        w, moment = model.get_parameter(name), moments.get(name)
+        solver = plan.solver if moment is not None else "rtn"
+        if w.ndim == 3:
+            stats = expert_stats(moment) if moment is not None else [None] * len(w)
+            pairs = zip(w, stats, strict=True)
+            packed[name] = stack([quantize_tensor(m, scheme, solver=solver, stats=s, seed=plan.seed) for m, s in pairs])
+        else:
+            matrix = w.T if weights[name].kind == "conv1d" else w
+            stat = moment.stats() if moment is not None else None
+            packed[name] = quantize_tensor(matrix, scheme, solver=solver, stats=stat, seed=plan.seed)
+    return replace_modules(model, packed)
+
+
+def compile_checkpoint(
+    model: str | Source,
+    out: str | Path,
+    plan: Plan | dict,
+    *,
+    calibration: Calibration | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+    work: str | Path | None = None,
+    events: Events | None = None,
+) -> list[Record]:
+    """Quantize a checkpoint into the folder `out`, a block at a time; what `quantize run` does.
+
+    model: a transformers folder, a .gguf file, a hub id, or an opened source. Interrupted, the same call goes on where
+    it stopped. Returns a record for each quantized weight. Raises FormatError, PlanError, CalibrationError.
+    """
+    compilation = prepare_compilation(
+        model, out, plan, calibration=calibration, dtype=dtype, max_shard_bytes=max_shard_bytes, work=work, events=events
+    )
+    return compilation.run()
+
+
+def prepare_compilation(
+    model: str | Source,
+    out: str | Path,
+    plan: Plan | dict,
+    *,
+    calibration: Calibration | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+    work: str | Path | None = None,
+    events: Events | None = None,
+) -> Compilation:
+    """As `compile_checkpoint`, all checks done and nothing written yet: `.sizes()` tells what `.run()` will write."""
+    source = open_source(model) if isinstance(model, str) else model
+    return Compilation(
+        source,
+        Plan.from_dict(plan) if isinstance(plan, dict) else plan,
+        Path(out),
+        calibration=calibration,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        work=None if work is None else Path(work),
+        version=__version__,
+        events=events,
+    )

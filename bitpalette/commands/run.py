@@ -1,0 +1,172 @@
+"""`quantize run`: a checkpoint in, a packed one out."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .text import duration, parse_size, peak_memory, size
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run")(run)
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; new, empty, or of an interrupted run.")],
+    bits: Annotated[int, typer.Option(help="Bits a weight of linear layers: 1 to 8; 16 converts only.")] = 4,
+    codec: Annotated[str, typer.Option(help="int (uniform levels) or lut (a table).")] = "int",
+    solver: Annotated[str, typer.Option(help="rtn, gptq, awq, or awq+gptq.")] = "gptq",
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale; 0 is the whole row.", show_default="64")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for each scale.")] = False,
+    rotate: Annotated[
+        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate inputs first.", show_default="with gptq")
+    ] = None,
+    calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or self.")] = "builtin",
+    calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
+    seq_len: Annotated[int, typer.Option(help="Tokens of one calibration sequence.")] = 512,
+    keep: Annotated[list[str] | None, typer.Option(help="Pattern of weights to keep at 16 bits.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="PATTERN=SCHEME, such as 'down_proj=bits=8'.")
+    ] = None,
+    head_bits: Annotated[int | None, typer.Option(help="Bits of the output head; 16 keeps it.", show_default="8")] = None,
+    embed_bits: Annotated[int | None, typer.Option(help="Bits of embeddings; 16 keeps them.", show_default="8")] = None,
+    seed: Annotated[int, typer.Option(help="Of random signs and self-written text.")] = 0,
+    work: Annotated[Path | None, typer.Option(help="Folder of an unfinished run's state.", show_default="in OUT")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and print the sizes; write nothing.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: what calibration computes in.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Quantize MODEL into OUT. Interrupted, the same command goes on where it stopped, to the same result."""
+    from ..api import prepare_compilation
+    from ..calibrate.plan import PlanError
+    from ..calibrate.text import Calibration
+    from ..recipe import make_plan
+
+    try:
+        shard = parse_size(max_shard_size)
+    except ValueError:
+        raise PlanError(f"--max-shard-size {max_shard_size!r} is no size such as 500MB or 5GB") from None
+    if dtype not in ("float32", "bfloat16"):
+        raise PlanError(f"--dtype is float32 or bfloat16; got {dtype!r}")
+    check_device(device)
+    plan = make_plan(
+        bits=bits,
+        codec=codec,
+        solver=solver,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        rotate=rotate,
+        head_bits=head_bits,
+        embed_bits=embed_bits,
+        keep=keep or (),
+        set_=set_ or (),
+        seed=seed,
+    )
+    calibration = Calibration(calib, calib_tokens, seq_len, seed)
+    compilation = prepare_compilation(
+        model, out, plan, calibration=calibration, dtype=dtype, max_shard_bytes=shard, work=work
+    )
+    if dry_run:
+        print_sizes(compilation, json_output)
+        return
+    compile_with_progress(compilation, json_output)
+
+
+def check_device(device: str) -> None:
+    """PlanError unless torch can compute there."""
+    import torch
+
+    from ..calibrate.plan import PlanError
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PlanError(f"--device {device}: torch cannot use it ({reason}); --device cpu always works") from None
+
+
+def print_sizes(compilation: Any, as_json: bool) -> None:
+    from rich.console import Console
+
+    sizes = compilation.sizes()
+    if as_json:
+        print(json.dumps(asdict(sizes) | _rates(sizes)))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for name, n in sizes.files.items():
+        console.print(f"{name}  {n:,} bytes")
+    console.print(
+        f"weights {size(sizes.source_bytes)} -> {size(sizes.file_bytes)} ({sizes.file_bytes:,} bytes); "
+        f"{sizes.bits_per_weight:.3f} bits over {sizes.quantized_weights:,} quantized weights, "
+        f"{sizes.file_bits_per_weight:.3f} over the file"
+    )
+
+
+def compile_with_progress(compilation: Any, as_json: bool) -> dict[str, Any]:
+    """Run it, telling what happens on stderr; the summary on stdout. Returns what `--json` prints."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    start = time.monotonic()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("quantizing", total=None)
+        console = progress.console
+
+        def layer(record: Any, seconds: float) -> None:
+            console.print(
+                f"{record.parameter}  {record.scheme}  {record.bits_per_weight:.3f} bits  "
+                f"error {record.error:.2e}  {seconds:.1f} s"
+            )
+
+        compilation.events.layer = layer
+        compilation.events.part = lambda done, of: progress.update(task, completed=done, total=of)
+        compilation.events.note = lambda text: console.print(text)
+        records = compilation.run()
+    sizes = compilation.sizes()
+    summary = {
+        "out": str(compilation.out),
+        "layers": [asdict(r) for r in records],
+        **_rates(sizes),
+        "file_bytes": sizes.file_bytes,
+        "source_bytes": sizes.source_bytes,
+        "seconds": round(time.monotonic() - start, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+    if as_json:
+        print(json.dumps(summary))
+        return summary
+    Console(soft_wrap=True, highlight=False).print(
+        f"{compilation.out}: {len(records)} weights at {sizes.bits_per_weight:.3f} bits, "
+        f"{sizes.file_bits_per_weight:.3f} over the file; {size(sizes.source_bytes)} -> {size(sizes.file_bytes)}; "
+        f"{duration(summary['seconds'])}, peak memory {size(summary['peak_memory_bytes'])}\n"
+        'load it with: import bitpalette; AutoModelForCausalLM.from_pretrained("' + str(compilation.out) + '")'
+    )
+    return summary
+
+
+def _rates(sizes: Any) -> dict[str, float]:
+    return {
+        "bits_per_weight": round(sizes.bits_per_weight, 6),
+        "file_bits_per_weight": round(sizes.file_bits_per_weight, 6),
+    }

@@ -1,0 +1,119 @@
+"""Evaluating a checkpoint on disk: what `quantize eval` computes."""
+
+from __future__ import annotations
+
+import ast
+import math
+import sysconfig
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .calibrate.evaluate import chunks_of, evaluate
+from .calibrate.skeleton import DTYPES
+from .calibrate.text import read_text
+from .calibrate.whole import load_model
+from .formats.base import Source, open_source
+from .formats.native import NativeSource
+
+
+def compare(
+    checkpoint: str,
+    against: str | None,
+    text: str | None,
+    seq_len: int,
+    chunks: int,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """The values of `quantize eval --json`. The reference is computed in float32. text None: `library_prose`."""
+    source = open_source(checkpoint)
+    prose = library_prose() if text is None else read_text(text)
+    reference_source = None if against is None else open_source(against)
+    tokens = chunks_of(load_tokenizer(source), prose, seq_len, chunks)
+    model = load_any(source, DTYPES[dtype])
+    reference = None if reference_source is None else load_any(reference_source, torch.float32)
+    result = evaluate(model, tokens, reference, progress)
+    return {
+        "perplexity": result.perplexity,
+        "reference_perplexity": result.reference_perplexity,
+        "kl_divergence": result.kl_divergence,
+        "kl_standard_error": result.kl_standard_error,
+        "top1_agreement": result.top1_agreement,
+        "tokens": result.tokens,
+        **rates(source),
+        "model_bytes": source.size_bytes,
+        "seconds": round(result.seconds, 2),
+    }
+
+
+def load_any(source: Source, dtype: torch.dtype) -> Any:
+    """A model of a packed checkpoint with the kernels a user runs, of any other source as it is."""
+    if isinstance(source, NativeSource):
+        from .api import load
+
+        return load(source.path, dtype=dtype)
+    return load_model(source, dtype)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The source's tokenizer, by way of a temporary folder for sources that are one file."""
+    import json
+    import tempfile
+
+    from transformers import AutoTokenizer
+
+    from .formats.errors import FormatError
+
+    with tempfile.TemporaryDirectory() as folder:
+        source.write_sidecar(Path(folder))
+        (Path(folder) / "config.json").write_text(
+            json.dumps({k: v for k, v in source.config.items() if k != "quantization_config"})
+        )
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise FormatError(f"{source.path}: no tokenizer can be made from its files: {error}") from error
+
+
+def rates(source: Source) -> dict[str, float]:
+    """bits_per_weight over quantized weights (16 where there are none), file_bits_per_weight over the whole file."""
+    weights = sum(math.prod(info.shape) for info in source.tensors.values())
+    if not isinstance(source, NativeSource):
+        bits = 8 * source.size_bytes / max(weights, 1)
+        return {"bits_per_weight": bits, "file_bits_per_weight": bits}
+    from .quant.scheme import Scheme
+    from .quant.tensor import field_specs, stored_bytes
+
+    quantized, stored, fields = 0, 0, 0
+    for name, entry in source.quantization.tensors.items():
+        scheme = Scheme.from_dict(source.quantization.schemes[entry.scheme])
+        shape = tuple(entry.shape)
+        quantized += math.prod(shape)
+        stored += stored_bytes(scheme, shape)
+        fields += sum(math.prod(s) for s, _ in field_specs(scheme, shape).values())
+    everything = weights - fields + quantized
+    return {
+        "bits_per_weight": 8 * stored / quantized if quantized else 16.0,
+        "file_bits_per_weight": 8 * source.size_bytes / everything,
+    }
+
+
+@cache
+def library_prose() -> str:
+    """English prose that comes with Python, other than what `builtin` calibrates on: docstrings of its library."""
+    parts = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node)
+                if text and len(text) > 200:
+                    parts.append(text)
+    return "\n\n".join(parts)

@@ -1,0 +1,465 @@
+"""A checkpoint in, a packed checkpoint out: block by block, resumable, with bounded memory.
+
+The sizes of all files follow from the schemes and shapes, so they are laid out before anything is computed and each
+tensor is written to its place as soon as it exists. A part (a block, or all that stands outside the blocks) is entered
+in the journal once its tensors are in place; a killed run goes on with the next part. In between, the hidden states are
+those that the already written, quantized blocks give: whether they come from memory or from the files, they are the
+same, and so is the result, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.atomic import write_atomically
+from ..formats.base import Source
+from ..formats.errors import FormatError
+from ..formats.manifest import is_complete, write_manifest
+from ..formats.native import FORMAT_VERSION, stored_name
+from ..formats.shards import ShardPlan, ShardWriter, plan_shards
+from ..quant.scheme import Scheme
+from ..quant.solver import plan_solver, quantize_tensor
+from ..quant.stats import Stats, output_error
+from ..quant.tensor import QuantizedTensor, field_specs, stack
+from . import stream as streaming
+from .collect import Moment, collecting, expert_stats
+from .journal import Journal
+from .plan import Plan, PlanError
+from .skeleton import DTYPES, Skeleton
+from .stream import Stream
+from .structure import Weight, quantizable, skipped
+from .text import Calibration, self_written, sequences
+from .whole import load_model
+
+WORK = ".bitpalette"
+"""Folder inside the output that holds the journal while a run is unfinished."""
+
+HIDDEN_EVERY = 20.0
+"""Seconds between two copies of the hidden states on disk: what a killed run computes again at most, roughly."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One quantized weight, as reported: error is the relative squared output error (weight error without statistics);
+    tokens is how many calibration tokens its layer saw (experts: the least of any)."""
+
+    parameter: str
+    scheme: str
+    shape: tuple[int, ...]
+    bits_per_weight: float
+    error: float
+    tokens: int
+
+
+@dataclass
+class Sizes:
+    """Bytes and weights of the result, known beforehand. file_bytes: every weight file and its index, headers and all."""
+
+    file_bytes: int
+    source_bytes: int
+    quantized_weights: int
+    quantized_bytes: int
+    all_weights: int
+    files: dict[str, int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over quantized weights, everything they store counted."""
+        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else 16.0
+
+    @property
+    def file_bits_per_weight(self) -> float:
+        return 8 * self.file_bytes / self.all_weights
+
+
+@dataclass
+class Events:
+    """What a caller is told while a compilation runs."""
+
+    layer: Callable[[Record, float], None] = lambda record, seconds: None
+    part: Callable[[int, int], None] = lambda done, parts: None
+    note: Callable[[str], None] = lambda text: None
+
+
+class Compilation:
+    """One run of the compiler. Building it reads headers only, checks everything that can be checked and writes nothing.
+
+    source: the checkpoint. plan: what to do. out: the folder to write. calibration: None for solvers without
+    statistics. dtype: that hidden states are computed in. Raises FormatError, PlanError, CalibrationError.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        out: Path,
+        *,
+        calibration: Calibration | None = None,
+        dtype: str = "float32",
+        max_shard_bytes: int = 5_000_000_000,
+        work: Path | None = None,
+        version: str = "",
+        events: Events | None = None,
+    ) -> None:
+        self.source, self.plan, self.out = source, plan, out
+        self.dtype, self.version, self.events = DTYPES[dtype], version, events or Events()
+        self.skeleton = Skeleton(source)
+        tied = self.skeleton.tied
+        self.weights = {k: w for k, w in quantizable(self.skeleton.model).items() if k not in tied}
+        inside = {k for k in self.weights if self.skeleton.block_of(k) is not None}
+        resolved = plan.resolve(self.weights, inside)
+        self.schemes: dict[str, Scheme] = {}
+        needs_stats = False
+        for name, scheme in resolved.items():
+            if scheme is not None:
+                stored, rounding = plan_solver(scheme, self.solver(name))
+                self.schemes[name] = stored
+                needs_stats |= rounding.needs_stats or "scale" in stored.transforms
+        if needs_stats and calibration is None:
+            raise PlanError(f"solver {plan.solver} needs a calibration text (--calib)")
+        self.calibration = calibration if needs_stats else None
+        self.skipped = {k: v for k, v in skipped(self.skeleton.model).items() if "3-D" in v}
+        if self.skipped and not all(any(r.matches(k, _named(k)) for r in plan.rules) for k in self.skipped):
+            name, reason = next(iter(self.skipped.items()))
+            raise PlanError(f"{name} cannot be quantized: {reason}; --keep {name} leaves it at 16 bits")
+        self.entries = self._entries()
+        self.shards: ShardPlan = plan_shards(self.entries, max_shard_bytes)
+        self.work = work or out / WORK
+        self.job = self._job(max_shard_bytes, dtype)
+
+    def solver(self, name: str) -> str:
+        """Embeddings are looked up, not multiplied: their rounding is to nearest, unless they are the head as well.
+        Layers outside the blocks, the head apart, are not calibrated."""
+        weight = self.weights[name]
+        if weight.head or self.skeleton.block_of(name) is not None:
+            if weight.embedding:  # a scale of its columns or a rotation would have to be undone at every look-up
+                return self.plan.solver.removeprefix("awq+").replace("awq", "rtn")
+            return self.plan.solver
+        return "rtn"
+
+    def _entries(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        entries: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        for name, value in self.skeleton.parameters.items():
+            if name in self.schemes:
+                specs = field_specs(self.schemes[name], self.weights[name].shape)
+                entries += [(stored_name(name, field), shape, dtype) for field, (shape, dtype) in specs.items()]
+            else:
+                entries.append((name, tuple(value.shape), value.dtype))
+        return entries
+
+    def sizes(self) -> Sizes:
+        """What the run will write, to the byte."""
+        quantized = {k: field_specs(s, self.weights[k].shape) for k, s in self.schemes.items()}
+        return Sizes(
+            file_bytes=sum(self.shards.files.values()),
+            source_bytes=self.source.size_bytes,
+            quantized_weights=sum(_numel(self.weights[k].shape) for k in quantized),
+            quantized_bytes=sum(_numel(s) * d.itemsize for specs in quantized.values() for s, d in specs.values()),
+            all_weights=sum(v.numel() for v in self.skeleton.parameters.values()),
+            files=dict(self.shards.files),
+        )
+
+    def _job(self, max_shard_bytes: int, dtype: str) -> dict[str, Any]:
+        calibration = self.calibration and {**asdict(self.calibration), "fingerprint": self.calibration.fingerprint()}
+        return {
+            "model": self.source.fingerprint(),
+            "plan": self.plan.to_dict(),
+            "calibration": calibration,
+            "dtype": dtype,
+            "max_shard_bytes": max_shard_bytes,
+            "format_version": FORMAT_VERSION,
+            "bitpalette_version": self.version,
+        }
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> list[Record]:
+        """Compile, or go on where a killed run stopped. Returns the records of all quantized weights."""
+        if is_complete(self.out):
+            report = json.loads(_read_or(self.out / "quantization_report.json", "{}"))
+            if report.get("job") == self.job:
+                self.events.note(f"{self.out} is complete already")
+                return [Record(**{**r, "shape": tuple(r["shape"])}) for r in report["layers"]]
+            raise FormatError(f"{self.out} holds a finished checkpoint of other settings; name another output folder")
+        self._check_output()
+        existed = self.out.exists()
+        journal = Journal(self.work, self.job)
+        try:
+            written = self._stored(range(len(journal.parts)))
+            writer = ShardWriter(self.out, self.shards, resume=journal.resumed, written=written)
+        except FormatError:
+            if not journal.resumed:  # a full disk: leave nothing behind
+                journal.remove()
+                if not existed:
+                    shutil.rmtree(self.out, ignore_errors=True)
+            raise
+        lost = set(written) & set(writer.missing)
+        if lost:
+            raise FormatError(f"{self.out}: partial files of an unfinished run are gone; delete {self.work} to start anew")
+        if journal.parts:
+            self.events.note(f"going on after {len(journal.parts)} finished parts")
+        _Run(self, journal, writer).all()
+        records = [Record(**{**r, "shape": tuple(r["shape"])}) for part in journal.parts for r in part["layers"]]
+        writer.finish()
+        self._finish(records)
+        journal.remove()
+        return records
+
+    def _stored(self, parts: Iterable[int]) -> list[str]:
+        """Names in the files of what finished parts have written."""
+        blocks = len(self.skeleton.blocks)
+        names = [n for part in parts for n in self.skeleton.parameters_of(part if part < blocks else None)]
+        return [stored for name in names for stored in self._stored_names(name)]
+
+    def _stored_names(self, name: str) -> list[str]:
+        if name not in self.schemes:
+            return [name]
+        return [stored_name(name, field) for field in field_specs(self.schemes[name], self.weights[name].shape)]
+
+    def _check_output(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise FormatError(f"{self.out} is a file; name a folder to write to")
+        ours = (self.work / "job.json").exists()
+        present = [p for p in self.out.iterdir() if p != self.work] if self.out.exists() else []
+        if present and not ours:
+            raise FormatError(
+                f"{self.out} is not empty (it holds {present[0].name}); name a new folder, nothing is overwritten"
+            )
+
+    def _finish(self, records: list[Record]) -> None:
+        config = {k: v for k, v in self.source.config.items() if k not in ("quantization_config", "torch_dtype")}
+        config["dtype"] = str(self.skeleton.model.dtype).removeprefix("torch.")
+        if self.schemes:
+            config["quantization_config"] = self.quantization_config()
+        self.source.write_sidecar(self.out)
+        report = {"job": self.job, "layers": [asdict(r) for r in records]}
+        write_atomically(self.out / "quantization_report.json", json.dumps(report, indent=1).encode())
+        write_atomically(self.out / "README.md", self._card(records).encode())
+        write_atomically(self.out / "config.json", json.dumps(config, indent=2).encode())
+        write_manifest(self.out)
+
+    def quantization_config(self) -> dict[str, Any]:
+        distinct: list[dict[str, Any]] = []
+        tensors = {}
+        for name, scheme in self.schemes.items():
+            values = scheme.to_dict()
+            if values not in distinct:
+                distinct.append(values)
+            tensors[name] = {"scheme": distinct.index(values), "shape": list(self.weights[name].shape)}
+        return {
+            "quant_method": "bitpalette",
+            "format_version": FORMAT_VERSION,
+            "bitpalette_version": self.version,
+            "schemes": distinct,
+            "tensors": tensors,
+            "seed": self.plan.seed,
+        }
+
+    def _card(self, records: list[Record]) -> str:
+        sizes = self.sizes()
+        if not records:
+            return "# Model\n\nWritten by bitpalette without quantization.\n"
+        schemes = "\n".join(f"- `{s}`" for s in dict.fromkeys(r.scheme for r in records))
+        return f"""---
+library_name: transformers
+tags:
+- bitpalette
+---
+# Quantized with bitpalette
+
+Needs the package: `pip install bitpalette`, then `import bitpalette` before
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+{len(records)} weights at {sizes.bits_per_weight:.3f} bits on average (scales counted), {sizes.file_bytes:,} bytes in
+all, from {sizes.source_bytes:,}. Solver {self.plan.solver}. Schemes:
+
+{schemes}
+"""
+
+
+class _Run:
+    """The state of one run: where the calibration set stands, and what has been written."""
+
+    def __init__(self, compilation: Compilation, journal: Journal, writer: ShardWriter) -> None:
+        self.c, self.journal, self.writer = compilation, journal, writer
+        self.skeleton = compilation.skeleton
+        self.tokens: Tensor | None = None
+        self.stream: Stream | None = None
+
+    def all(self) -> None:
+        blocks = len(self.skeleton.blocks)
+        done = len(self.journal.parts)
+        self.c.events.part(done, blocks + 1)
+        if self.c.calibration is not None and done <= blocks:
+            self._start(done)
+        for part in range(done, blocks + 1):
+            records = list(self._block(part) if part < blocks else self._outside())
+            self.writer.sync()
+            self.journal.add({"part": part, "layers": [asdict(r) for r in records]})
+            self.c.events.part(part + 1, blocks + 1)
+            if self.stream is not None and part < blocks:
+                self._advance(part)
+                self.journal.save_hidden(part + 1, self.stream.hidden, HIDDEN_EVERY)
+
+    def _start(self, block: int) -> None:
+        """The stream at the input of `block`: from the hidden states kept last, through the blocks written since."""
+        assert self.c.calibration is not None
+        self.tokens = self._tokens(self.c.calibration)
+        self.stream = streaming.start(self.skeleton, self.tokens, self.c.dtype)
+        kept = self.journal.hidden(block)
+        first = 0
+        if kept is not None:
+            first, self.stream.hidden = kept
+        for i in range(first, block):
+            self._advance(i)
+
+    def _tokens(self, calibration: Calibration) -> Tensor:
+        from transformers import AutoTokenizer
+
+        folder = self.journal.work / "tokenizer"
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            self.c.source.write_sidecar(partial)
+            (partial / "config.json").write_text(json.dumps(self.c.source.config))
+            os.replace(partial, folder)
+        tokens_file = self.journal.work / "tokens.pt"
+        if tokens_file.exists():
+            return torch.load(tokens_file, weights_only=True)
+        if calibration.text == "self":
+            with torch.no_grad():
+                tokens = self_written(calibration, load_model(self.c.source, self.c.dtype))
+        else:
+            tokens = sequences(calibration, AutoTokenizer.from_pretrained(folder))
+        vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
+        if int(tokens.max()) >= vocabulary:
+            raise FormatError(
+                f"{self.c.source.path}: the tokenizer gives token {int(tokens.max())}, the model has {vocabulary}"
+            )
+        torch.save(tokens, str(tokens_file) + ".partial")
+        os.replace(str(tokens_file) + ".partial", tokens_file)
+        return tokens
+
+    def _block(self, index: int) -> Iterator[Record]:
+        names = self.skeleton.parameters_of(index)
+        moments: dict[str, Moment | list[Moment]] = {}
+        with self.skeleton.loaded(names) as originals:
+            if self.stream is not None:
+                self.skeleton.cast(names, self.c.dtype)
+                weights = {n: self.c.weights[n] for n in names if n in self.c.schemes}
+                with collecting(self.skeleton.model, weights) as moments, torch.no_grad():
+                    self.stream.run(self.skeleton.blocks[index][1], index, keep=False)
+        yield from self._write(originals, moments)
+
+    def _outside(self) -> Iterator[Record]:
+        names = self.skeleton.parameters_of(None)
+        moments: dict[str, Moment | list[Moment]] = {}
+        head = [n for n in names if n in self.c.schemes and self.c.weights[n].head]
+        if self.stream is not None and head:
+            module_name = _head_module(self.skeleton.model)
+            moment = Moment(self.c.weights[head[0]].shape[1])
+            assert self.tokens is not None
+            inputs = streaming.head_inputs(self.skeleton, self.tokens, self.stream, module_name, self.c.dtype)
+            for x in inputs:
+                moment.add(x)
+            moments[head[0]] = moment
+        self.stream = None
+        with self.skeleton.loaded(names) as originals:
+            pass
+        yield from self._write(originals, moments)
+
+    def _write(self, originals: dict[str, Tensor], moments: dict[str, Moment | list[Moment]]) -> Iterator[Record]:
+        """Quantize and write a part's tensors, each let go of once it is written."""
+        shared: dict[int, tuple[Any, Any]] = {}
+        for name in list(originals):
+            w = originals.pop(name)
+            if name not in self.c.schemes:
+                self.writer.write(name, w)
+                continue
+            start = time.monotonic()
+            moment = moments.pop(name, None)
+            if id(moment) not in shared:
+                shared.clear()  # q, k and v share; then o: only the last is worth keeping
+                stats = expert_stats(moment) if isinstance(moment, list) else moment and moment.stats()
+                shared[id(moment)] = (moment, stats)
+            stats = shared[id(moment)][1]
+            qt, record = self._quantize(name, w, stats)
+            for field, value in qt.fields.items():
+                self.writer.write(stored_name(name, field), value)
+            self.c.events.layer(record, time.monotonic() - start)
+            yield record
+
+    def _quantize(self, name: str, w: Tensor, stats: Any) -> tuple[QuantizedTensor, Record]:
+        weight, scheme, solver = self.c.weights[name], self.c.schemes[name], self.c.solver(name)
+        if weight.kind == "conv1d":
+            w = w.T
+        if solver == "rtn":
+            stats = [None] * w.shape[0] if w.ndim == 3 else None
+        try:
+            if w.ndim == 3:
+                pairs = [self._one(m, scheme, solver, s) for m, s in zip(w, stats, strict=True)]
+                qt, error = stack([q for q, _ in pairs]), sum(e for _, e in pairs) / len(pairs)
+                tokens = min((s.tokens for s in stats if s is not None), default=0)
+            else:
+                qt, error = self._one(w, scheme, solver, stats)
+                tokens = stats.tokens if stats is not None else 0
+        except ValueError as problem:
+            raise PlanError(f"{name}: {problem}; give it another scheme (--set) or --keep it") from problem
+        return qt, Record(name, str(scheme), tuple(w.shape), round(qt.bits_per_weight, 6), error, tokens)
+
+    def _one(self, w: Tensor, scheme: Scheme, solver: str, stats: Stats | None) -> tuple[QuantizedTensor, float]:
+        qt = quantize_tensor(w, scheme, solver=solver, stats=stats, seed=self.c.plan.seed)
+        return qt, output_error(w, qt.dequantize(), stats)
+
+    def _advance(self, index: int) -> None:
+        """The stream through a block as written."""
+        assert self.stream is not None
+        names = self.skeleton.parameters_of(index)
+        for name in names:
+            if name in self.c.schemes:
+                weight, scheme = self.c.weights[name], self.c.schemes[name]
+                specs = field_specs(scheme, weight.shape)
+                fields = {f: self.writer.read(stored_name(name, f)) for f in specs}
+                w = QuantizedTensor(scheme, weight.shape, fields).dequantize(self.c.dtype)
+                self.skeleton.put(name, w.T.contiguous() if weight.kind == "conv1d" else w)
+            else:
+                self.skeleton.put(name, self.writer.read(name))
+        self.skeleton.cast(names, self.c.dtype)
+        with torch.no_grad():
+            self.stream.run(self.skeleton.blocks[index][1], index, keep=True)
+        self.skeleton.release(names)
+
+
+def _head_module(model: Any) -> str:
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _named(parameter: str) -> Weight:
+    return Weight("linear", parameter.rpartition(".")[0], ())
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def _read_or(path: Path, default: str) -> str:
+    return path.read_text() if path.exists() else default

@@ -1,0 +1,68 @@
+// bitpalette._cpu: the CPU kernels for Python. Tensors come as addresses (torch's data_ptr()); the caller in kernels/
+// has checked devices, types and contiguity, and keeps the tensors alive.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../cpu/int4.h"
+#include "../cpu/isa.h"
+#include "../cpu/parallel.h"
+
+namespace py = pybind11;
+using namespace bitpalette;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Isa isa_from_index(int index) {
+    if (index < 0 || index >= isa_count) throw std::invalid_argument("no instruction set " + std::to_string(index));
+    return static_cast<Isa>(index);
+}
+
+Int4Weight int4_weight(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t out, int64_t in, int64_t group_size) {
+    return {at<const uint8_t>(codes), at<const uint16_t>(scale), at<const uint8_t>(zero), out, in, group_size};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels of bitpalette";
+    m.attr("interface_version") = 1;
+    m.def("isas", [] {
+        py::dict found;  // {name: index} of those this machine runs, slowest first
+        for (int i = 0; i < isa_count; ++i)
+            if (isa_available(static_cast<Isa>(i))) found[isa_name(static_cast<Isa>(i))] = i;
+        return found;
+    });
+    m.def("use_openmp_runtime", [](uintptr_t parallel, uintptr_t number, uintptr_t count) {
+        use_openmp_runtime(at<void>(parallel), at<void>(number), at<void>(count));
+    });
+    m.def("has_openmp_runtime", &has_openmp_runtime);
+    m.def(
+        "int4_linear",
+        [](int isa, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t out, int64_t in, int64_t group_size,
+           uintptr_t x, uintptr_t bias, uintptr_t y, int dtype, int64_t tokens, int threads) {
+            if (dtype < 0 || dtype > 2) throw std::invalid_argument("no dtype " + std::to_string(dtype));
+            const py::gil_scoped_release unlocked;
+            int4_linear(isa_from_index(isa), int4_weight(codes, scale, zero, out, in, group_size), at<const void>(x),
+                        at<const void>(bias), at<void>(y), static_cast<Dtype>(dtype), tokens, threads);
+        },
+        py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("zero"), py::arg("out"), py::arg("in_"),
+        py::arg("group_size"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("dtype"), py::arg("tokens"),
+        py::arg("threads"));
+    m.def(
+        "int4_rows",
+        [](int isa, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t out, int64_t in, int64_t group_size,
+           uintptr_t index, int64_t n, uintptr_t rows, int threads) {
+            const py::gil_scoped_release unlocked;
+            int4_rows(isa_from_index(isa), int4_weight(codes, scale, zero, out, in, group_size),
+                      at<const int64_t>(index), n, at<float>(rows), threads);
+        },
+        py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("zero"), py::arg("out"), py::arg("in_"),
+        py::arg("group_size"), py::arg("index"), py::arg("n"), py::arg("rows"), py::arg("threads"));
+}

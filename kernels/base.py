@@ -1,0 +1,107 @@
+"""What a backend is, and how one is chosen.
+
+A kernel multiplies by the weight as the codec stores it. Transforms of the input (`quant/transform.py`) are applied by
+the layer before, so a kernel sees schemes without transforms and the codec's own fields only.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..quant.codec import get_codec
+from ..quant.scheme import Scheme
+from ..quant.tensor import QuantizedTensor
+from .registry import kernels
+
+FORCE_VARIABLE = "BITPALETTE_KERNEL"
+
+
+class KernelError(RuntimeError):
+    """No kernel can do what was asked, or the one that was forced cannot. The message says why, in words."""
+
+
+@dataclass
+class Packed:
+    """A weight [out_features, in_features] in a kernel's own layout: named tensors, all on one device.
+
+    For a stack of experts `shape` is that of one, and every tensor has a leading dimension of experts.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    tensors: dict[str, Tensor]
+
+    def expert(self, index: int) -> Packed:
+        """One expert of a stack; its tensors are views."""
+        return Packed(self.scheme, self.shape, {name: t[index] for name, t in self.tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class Kernel(Protocol):
+    """One backend for some schemes, shapes and devices. Stateless: one object serves every layer."""
+
+    name: str
+    rank: int
+    """Order of choice: the lowest that can is taken. The reference has the highest."""
+    canonical: bool
+    """The packed tensors are the codec's fields themselves, under their own names."""
+
+    def why_not(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+        """None where the kernel can run this weight on this device, else the reason in words."""
+
+    def prepare(self, qt: QuantizedTensor) -> Packed:
+        """The kernel's layout of a two-dimensional weight without transforms, on the device of its fields."""
+
+    def unprepare(self, packed: Packed) -> QuantizedTensor:
+        """The exact inverse of `prepare`, bit for bit."""
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """y [tokens, out] = x [tokens, in] W^T + bias, in the dtype of x (float32, float16 or bfloat16)."""
+
+    def rows(self, packed: Packed, index: Tensor) -> Tensor:
+        """Rows of W, float32 [n, in], for index int64 [n]; exactly what the codec decodes."""
+
+
+def choose(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> Kernel:
+    """The kernel for a weight of `shape` on `device`: the forced one, else the first that can, fastest first.
+
+    BITPALETTE_KERNEL=name forces one. KernelError where it cannot, with its reason. Called once a layer, at prepare.
+    """
+    bare = scheme.replace(transforms=())
+    forced = os.environ.get(FORCE_VARIABLE)
+    if forced:
+        if forced not in kernels():
+            raise KernelError(f"{FORCE_VARIABLE}={forced} names no kernel; there are {list(kernels())}")
+        reason = kernels()[forced].why_not(bare, shape, device)
+        if reason is not None:
+            raise KernelError(
+                f"{FORCE_VARIABLE}={forced} cannot run {scheme} {list(shape)} on {device}: {reason}; "
+                f"unset {FORCE_VARIABLE} to let bitpalette choose"
+            )
+        return kernels()[forced]
+    reasons = []
+    for kernel in kernels().values():
+        reason = kernel.why_not(bare, shape, device)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise KernelError(f"no kernel runs {scheme} {list(shape)} on {device}: {'; '.join(reasons)}")
+
+
+def explain(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> dict[str, str | None]:
+    """{kernel: why not, or None where it can}, fastest first: the answer to "why is this layer slow?"."""
+    bare = scheme.replace(transforms=())
+    return {name: kernel.why_not(bare, shape, device) for name, kernel in kernels().items()}
+
+
+def codec_fields(scheme: Scheme, shape: tuple[int, int]) -> list[str]:
+    """The names of the codec's own fields: those that a kernel packs, without those of the transforms."""
+    return list(get_codec(scheme.codec).fields(scheme, shape))

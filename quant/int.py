@@ -1,0 +1,170 @@
+"""Codec `int`: uniform levels of 1 to 8 bits, value = (code - zero_point) * scale.
+
+Scales are fp16, one for each output row (group_size 0), for each group of columns of a row, or for each input
+channel. Symmetric: the zero point is 2**(bits-1), not stored (1 bit: 1/2, the levels are -scale/2 and +scale/2); the
+scale may be negative, so that the longer side of the levels can serve either sign. Asymmetric: a zero point of `bits`
+bits for each scale, packed as `bitstream.py` packs codes.
+
+    codes       uint8 [out * row_bytes(in, bits)]     rows one after another
+    scale       float16 [out, groups]                 per input channel: [1, in]
+    zero_point  uint8 [out, row_bytes(groups, bits)]  asymmetric only; per input channel: [1, row_bytes(in, bits)]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .bitstream import pack_bits, row_bytes, unpack_bits
+from .clipping import least_error_scale
+from .codec import Fields, group_count, group_of_column
+from .scheme import Scheme, SchemeError, check_flag, check_integer
+from .tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class IntScheme(Scheme):
+    """bits 1..8; group_size in columns, 0 for the whole row; symmetric; per_input_channel: one scale a column."""
+
+    codec: ClassVar[str] = "int"
+    bits: int = 4
+    group_size: int = 0
+    symmetric: bool = True
+    per_input_channel: bool = False
+
+    def validate(self) -> None:
+        check_integer("bits", self.bits, 1, 8)
+        check_integer("group_size", self.group_size, 0)
+        check_flag("symmetric", self.symmetric)
+        check_flag("per_input_channel", self.per_input_channel)
+        if 0 < self.group_size < 8:
+            raise SchemeError(f"group_size is 0 (whole row) or at least 8 columns; got {self.group_size}")
+        if self.per_input_channel and self.group_size:
+            raise SchemeError(f"per_input_channel and group_size {self.group_size} exclude each other")
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        super().check_shape(shape)
+        if self.group_size > shape[1]:
+            raise SchemeError(f"group_size {self.group_size} is wider than the weight's {shape[1]} columns")
+
+    @property
+    def zero(self) -> float:
+        """The zero point of symmetric levels."""
+        return 0.5 if self.bits == 1 else float(1 << (self.bits - 1))
+
+
+class IntGrid:
+    """Scales and zero points of one matrix. Internally [rows, groups], where per input channel rows is 1."""
+
+    def __init__(self, scheme: IntScheme, shape: tuple[int, int], device: torch.device) -> None:
+        self.scheme, self.shape = scheme, shape
+        self.group_size = 1 if scheme.per_input_channel else scheme.group_size
+        self.group = group_of_column(shape[1], self.group_size, device)
+        rows = 1 if scheme.per_input_channel else shape[0]
+        groups = group_count(shape[1], self.group_size)
+        self.scale = torch.zeros(rows, groups, dtype=torch.float32, device=device)
+        self.zero = torch.full_like(self.scale, scheme.zero)
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> None:
+        if self.scheme.per_input_channel:
+            self.scale, self.zero = (t.T.contiguous() for t in _fit(self.scheme, w.T[:, None, :], None))
+            return
+        gs = self.group_size or self.shape[1]
+        whole = self.shape[1] // gs * gs
+        if whole:
+            weight = None if importance is None else importance[:whole].view(-1, gs)
+            fitted = _fit(self.scheme, w[:, :whole].reshape(self.shape[0], -1, gs), weight)
+            self.scale[:, : whole // gs], self.zero[:, : whole // gs] = fitted
+        if whole < self.shape[1]:  # a short last group
+            self.fit_group(w[:, whole:], whole // gs, None if importance is None else importance[whole:])
+
+    def fit_group(self, w: Tensor, group: int, importance: Tensor | None = None) -> None:
+        if self.scheme.per_input_channel:
+            scale, zero = _fit(self.scheme, w.T[:, None, :], None)
+        else:
+            scale, zero = _fit(self.scheme, w[:, None, :], None if importance is None else importance[None, :])
+        self.scale[:, group], self.zero[:, group] = scale[:, 0], zero[:, 0]
+
+    def nearest(self, w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        group = self.group[columns]
+        scale, zero = self.scale[:, group], self.zero[:, group]
+        code = _round(w, scale, zero, (1 << self.scheme.bits) - 1)
+        return code.to(torch.uint8).expand(w.shape), (code - zero) * scale
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        fields = {
+            "codes": pack_bits(codes, self.scheme.bits).flatten(),
+            "scale": self.scale.to(torch.float16),
+        }
+        if not self.scheme.symmetric:
+            fields["zero_point"] = pack_bits(self.zero.to(torch.uint8), self.scheme.bits)
+        return fields
+
+
+def _round(w: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """Codes as floats. A zero scale gives the zero point (its value is 0 whatever the code)."""
+    inverse = torch.where(scale == 0, scale, 1 / scale)
+    return torch.floor(w * inverse + zero + 0.5).clamp_(0, top)
+
+
+def _fit(scheme: IntScheme, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point) of least error, float32 [rows, groups], for w [rows, groups, n]; importance [groups, n]."""
+    top = (1 << scheme.bits) - 1
+
+    def level(u: Tensor, zero: Tensor) -> Tensor:
+        return u.add_(zero + 0.5).floor_().clamp_(0, top).sub_(zero)
+
+    low, high = w.amin(-1), w.amax(-1)
+    if not scheme.symmetric:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / top
+        zero = torch.where(scale == 0, scale, torch.round(-low / scale)).clamp_(0, top)
+        return least_error_scale(w, level, [(scale, zero)], importance, zero_top=top)
+    zero = torch.full_like(low, scheme.zero)
+    scale = torch.maximum(high, -low) / zero
+    if scheme.bits > 1:
+        # the level farthest from zero is on the negative side: the scale's sign gives it to either side of the weights
+        sign = torch.where(high > -low, -1.0, 1.0)
+        return least_error_scale(w, level, [(sign * scale, zero), (-sign * scale, zero)], importance)
+    return least_error_scale(w, level, [(scale, zero)], importance)
+
+
+class IntCodec:
+    name = "int"
+    scheme_class = IntScheme
+
+    def fields(self, scheme: IntScheme, shape: tuple[int, int]) -> Fields:
+        out, n = shape
+        rows, groups = (1, n) if scheme.per_input_channel else (out, group_count(n, scheme.group_size))
+        fields: Fields = {
+            "codes": ((out * row_bytes(n, scheme.bits),), torch.uint8),
+            "scale": ((rows, groups), torch.float16),
+        }
+        if not scheme.symmetric:
+            fields["zero_point"] = ((rows, row_bytes(groups, scheme.bits)), torch.uint8)
+        return fields
+
+    def grid(self, scheme: IntScheme, shape: tuple[int, int], device: torch.device) -> IntGrid:
+        return IntGrid(scheme, shape, device)
+
+    def decode(self, qt: QuantizedTensor) -> Tensor:
+        scheme = qt.scheme
+        assert isinstance(scheme, IntScheme)
+        out, n = qt.shape
+        codes = unpack_bits(qt.fields["codes"].view(out, -1), n, scheme.bits)
+        scale = qt.fields["scale"].float()
+        if scheme.symmetric:
+            zero = torch.full_like(scale, scheme.zero)
+        else:
+            zero = unpack_bits(qt.fields["zero_point"], scale.shape[1], scheme.bits).float()
+        group = group_of_column(n, 1 if scheme.per_input_channel else scheme.group_size, codes.device)
+        return (codes.float() - zero[:, group]) * scale[:, group]
+
+    def tolerance(self, scheme: IntScheme) -> float:
+        return 0.02
+
+
+CODEC = IntCodec()

@@ -1,0 +1,41 @@
+"""What calibration knows of one layer's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """Moments of the input of one linear layer over the calibration tokens.
+
+    hessian: float32 [in_features, in_features], mean over tokens of x x^T. The mean squared output error of a weight
+        change D is tr(D hessian D^T).
+    absmean: float32 [in_features], mean over tokens of |x|.
+    tokens: how many tokens were seen.
+    """
+
+    hessian: Tensor
+    absmean: Tensor
+    tokens: int
+
+    def __post_init__(self) -> None:
+        n = self.absmean.shape[0]
+        if tuple(self.hessian.shape) != (n, n):
+            raise ValueError(f"hessian {list(self.hessian.shape)} does not fit absmean [{n}]")
+
+
+def output_error(w: Tensor, q: Tensor, stats: Stats | None) -> float:
+    """Relative squared output error of q in place of w [out, in]: tr(D H D^T) / tr(W H W^T), D = q - w.
+
+    Without statistics H is the identity: the relative squared weight error. 0 where w itself gives no output.
+    """
+    d, w = (q - w).float(), w.float()
+    if stats is None:
+        num, den = float(d.square().sum()), float(w.square().sum())
+    else:
+        h = stats.hessian
+        num, den = float(((d @ h) * d).sum()), float(((w @ h) * w).sum())
+    return max(num, 0.0) / den if den > 0 else 0.0
