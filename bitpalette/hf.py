@@ -62,7 +62,7 @@ class BitpaletteQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: BitpaletteConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
-            raise ValueError("bitpalette compiles a checkpoint before it is loaded: `quantize run MODEL OUT`, then load OUT")
+            raise ValueError("bitpalette compiles before loading: run `quantize run MODEL OUT`, then load OUT")
         super().__init__(quantization_config, **kwargs)
         self._files_checked = False
 
@@ -260,7 +260,7 @@ def _check(model: nn.Module, name: str, shape: tuple[int, ...]) -> Kind:
         ) from None
     have = tuple(model.get_parameter(name).shape)
     if found is None:
-        raise FormatError(f"quantized tensor {name!r} {list(have)} is of a kind that no packed module computes; keep it")
+        raise FormatError(f"quantized tensor {name!r} {list(have)} is of a kind no packed module computes; keep it")
     module, kind = found
     logical = have[::-1] if kind == "conv1d" else have
     if logical != shape:
@@ -289,8 +289,8 @@ def _packed(module: nn.Module, kind: Kind, inside: Mapping[str, tuple[Scheme, tu
     if kind == "embedding":
         assert isinstance(module, nn.Embedding)
         scale = _embedding_scale(module)
-        made_table = QuantEmbedding(*shape, module.padding_idx, scheme, scale, weight.device, weight.dtype)
-        return made_table.train(module.training)
+        rows, dim, pad = shape[0], shape[1], module.padding_idx
+        return QuantEmbedding(rows, dim, pad, scheme, scale, weight.device, weight.dtype).train(module.training)
     bias = getattr(module, "bias", None)
     linear = QuantLinear(shape[1], shape[0], False, scheme, weight.device)
     linear.bias = bias
@@ -300,14 +300,14 @@ def _packed(module: nn.Module, kind: Kind, inside: Mapping[str, tuple[Scheme, tu
 def _embedding_scale(module: nn.Embedding) -> float | None:
     """What the module multiplies its rows by (Gemma); FormatError for a subclass that does something else."""
     if module.max_norm is not None:
-        raise FormatError(f"{type(module).__name__} renormalises its rows (max_norm={module.max_norm}); keep it in 16 bits")
+        raise FormatError(f"{type(module).__name__} renormalises its rows (max_norm={module.max_norm}); keep it")
     if type(module).forward is nn.Embedding.forward:
         return None
     for name in ("scalar_embed_scale", "embed_scale"):
         value = getattr(module, name, None)
         if isinstance(value, (int, float)):
             return float(value)
-    raise FormatError(f"{type(module).__name__} changes its rows in a way not known; keep it in 16 bits")
+    raise FormatError(f"{type(module).__name__} changes its rows in a way not known; keep it")
 
 
 def _tie_head(model: Any, target: str, source: str, entry: tuple[Scheme, tuple[int, ...]], kind: Kind) -> None:
@@ -318,7 +318,7 @@ def _tie_head(model: Any, target: str, source: str, entry: tuple[Scheme, tuple[i
         return
     head = _packed(model.get_submodule(module_name), kind, {"weight": entry})
     if not isinstance(head, QuantLinear) or not isinstance(embedding, QuantEmbedding):
-        raise FormatError(f"{target!r} is tied to {source!r}, a pair that no packed module computes; keep them in 16 bits")
+        raise FormatError(f"{target!r} is tied to {source!r}, a pair no packed module computes; keep them")
     head.tie(embedding)
     model.set_submodule(module_name, head)
 
@@ -341,7 +341,7 @@ def _untie_in_transformers(model: Any, ties: Mapping[str, str]) -> None:
         if left != keys:
             part.all_tied_weights_keys = left
             part._tied_weights_keys = dict(left)
-    biases = [target for target in _bias_ties(model, ours)]
+    biases = list(_bias_ties(model, ours))
     if biases:
         ignored = {f"^{re.escape(target)}$" for target in biases}
         model._keys_to_ignore_on_load_missing = set(model._keys_to_ignore_on_load_missing or ()) | ignored
@@ -352,7 +352,7 @@ def _owners(model: nn.Module, *names: str) -> list[nn.Module]:
 
 
 def _bias_ties(model: Any, ties: Mapping[str, str] | None = None) -> dict[str, str]:
-    """{head's bias: the parameter it is tied to} where the head is packed and transformers therefore does not tie it."""
+    """{head's bias: the parameter it is tied to} where the head is packed: transformers does not tie these then."""
     if ties is None:
         ties = dict(getattr(type(model), "_tied_weights_keys", None) or {})
         if not getattr(model.config, "tie_word_embeddings", False):
@@ -384,19 +384,17 @@ def _fill(model: nn.Module, weights: Mapping[str, QuantizedTensor]) -> None:
 def _check_loaded(model: nn.Module) -> None:
     """FormatError where a field was not loaded: transformers marks each tensor it takes from a state_dict."""
     for name, module in model.named_modules():
-        if not isinstance(module, QuantModule):
-            continue
         for leaf, buffer in module.named_buffers(recurse=False):
-            if not getattr(buffer, "_is_hf_initialized", False):
+            if isinstance(module, QuantModule) and not getattr(buffer, "_is_hf_initialized", False):
                 raise FormatError(f"tensor {f'{name}.{leaf}'!r} is missing from the state_dict")
 
 
 def _dense(module: QuantModule, original: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """{leaf: tensor} of the original module's parameters."""
     if isinstance(module, QuantExperts):
+        kept = {leaf: parameter.data.to(dtype) for leaf, parameter in module.named_parameters()}
         return {
-            leaf: module.to_tensor(leaf).dequantize(dtype) if leaf not in module._parameters else getattr(module, leaf).data
-            for leaf in EXPERT_PARAMETERS
+            leaf: kept[leaf] if leaf in kept else module.to_tensor(leaf).dequantize(dtype) for leaf in EXPERT_PARAMETERS
         }
     assert isinstance(module, (QuantLinear, QuantEmbedding))
     weight = module.dequantize(dtype)

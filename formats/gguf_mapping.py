@@ -21,6 +21,18 @@ from .errors import FormatError
 from .gguf_header import GgufHeader, GgufTensor
 
 
+UNREAD = {
+    "gpt2": {"context_length": "n_positions"},
+    "qwen3": {"attention.key_length": "head_dim"},
+    "qwen2moe": {
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
+    "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
+}
+"""Sizes that a file states and transformers 5.23 leaves at one checkpoint's value: {architecture: {key: config key}}."""
+
+
 @dataclass
 class GgufMapping:
     """config: for config.json; shapes: {parameter: shape}; parts: {parameter: its tensors in the file};
@@ -73,9 +85,19 @@ def _config_values(header: GgufHeader) -> dict[str, Any]:
                 "checkpoint of this model"
             ) from error
     values.pop("_model_name_or_path", None)
-    if "vocab_size" not in values:
-        values["vocab_size"] = header.metadata.get("tokenizer.ggml.tokens")
+    values.setdefault("vocab_size", _vocab_size(header))
+    for key, name in UNREAD.get(arch, {}).items():
+        if f"{arch}.{key}" in header.metadata:
+            values[name] = header.metadata[f"{arch}.{key}"]
     return values
+
+
+def _vocab_size(header: GgufHeader) -> Any:
+    """As stated, or else the number of tokens, or else the rows of the embedding."""
+    stated = header.metadata.get(f"{header.architecture}.vocab_size", header.metadata.get("tokenizer.ggml.tokens"))
+    if stated is None and "token_embd.weight" in header.tensors:
+        return header.tensors["token_embd.weight"].shape[0]
+    return stated
 
 
 def _write_stand_in(header: GgufHeader, path: str) -> None:
@@ -83,8 +105,10 @@ def _write_stand_in(header: GgufHeader, path: str) -> None:
     from gguf import GGUFValueType, GGUFWriter
 
     writer = GGUFWriter(path, header.architecture)  # writes general.architecture itself
-    for key, value in header.metadata.items():
-        if key in ("general.architecture", "general.alignment") or key in header.long_arrays:
+    metadata = dict(header.metadata)
+    metadata[f"{header.architecture}.vocab_size"] = _vocab_size(header)  # the vocabulary itself is left out
+    for key, value in metadata.items():
+        if value is None or key in ("general.architecture", "general.alignment") or key in header.long_arrays:
             continue
         if isinstance(value, list):
             if value:

@@ -119,7 +119,7 @@ def plan_shards(
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         index = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-    return ShardPlan(tuple(shards), slots, index)
+    return ShardPlan(tuple(shards), {name: slots[name] for name, _, _ in entries}, index)
 
 
 class ShardWriter:

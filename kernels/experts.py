@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,9 @@ class QuantExperts(QuantModule):
         """
         check_experts(module)
         experts, twice, hidden = (weights[GATE_UP] if GATE_UP in weights else getattr(module, GATE_UP)).shape
-        schemes = [weights[name].scheme if name in weights else None for name in (GATE_UP, DOWN)]
-        made = cls(experts, hidden, twice // 2, module.act_fn, *schemes, device="meta")  # type: ignore[arg-type]
+        gate_up, down = (weights[name].scheme if name in weights else None for name in (GATE_UP, DOWN))
+        act_fn: Any = module.act_fn
+        made = cls(experts, hidden, twice // 2, act_fn, gate_up, down, device="meta")
         for name in (GATE_UP, DOWN):
             if name in weights:
                 made._fill(name, weights[name])

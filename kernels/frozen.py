@@ -10,6 +10,8 @@ from torch import Tensor
 from .base import Kernel, Packed
 from .rows import row_blocks
 
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def frozen_linear(x: Tensor, kernel: Kernel, packed: Packed, bias: Tensor | None) -> Tensor:
     """y [..., out] = x [..., in] W^T + bias in the dtype of x; differentiable in x and bias, never in W.
@@ -19,6 +21,8 @@ def frozen_linear(x: Tensor, kernel: Kernel, packed: Packed, bias: Tensor | None
     out_features, in_features = packed.shape
     if x.shape[-1] != in_features:
         raise ValueError(f"the weight takes {in_features} features in, got an input of shape {list(x.shape)}")
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"activations are one of {ACTIVATION_DTYPES}, got {x.dtype}; cast the input or the model")
     z = x.reshape(-1, in_features)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _FrozenLinear.apply(z, kernel, packed)
@@ -32,12 +36,12 @@ def frozen_linear(x: Tensor, kernel: Kernel, packed: Packed, bias: Tensor | None
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Kernel, packed: Packed) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, kernel: Kernel, packed: Packed) -> Tensor:
         ctx.kernel, ctx.packed = kernel, packed
         return x.new_empty(0, packed.shape[0]) if x.shape[0] == 0 else kernel.linear(x, packed, None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """grad [tokens, out] W, row block by row block, summed in float32."""
         packed: Packed = ctx.packed
         total = torch.zeros(grad.shape[0], packed.shape[1], device=grad.device)

@@ -9,7 +9,8 @@ kernel's exact inverse.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class QuantModule(nn.Module):
         super().__init__()
         self._schemes: dict[str, Scheme] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._transform_names: dict[str, list[str]] = {}  # the fields that are the transforms', not the codec's
         self._prepared: dict[str, tuple[str, torch.device]] = {}
         # what `_ready` found, with the codes that it found it for: other codes under that name make it stale
         self._ready_cache: dict[str, tuple[str, Tensor, Kernel, Packed]] = {}
@@ -41,7 +43,9 @@ class QuantModule(nn.Module):
     def _declare(self, weight: str, scheme: Scheme, shape: tuple[int, ...], device: Any = None) -> None:
         """Register empty canonical buffers for a weight [out, in] or [experts, out, in]."""
         self._schemes[weight], self._shapes[weight] = scheme, shape
-        for field, (size, dtype) in field_specs(scheme, shape).items():
+        specs, own = field_specs(scheme, shape), codec_fields(scheme, (shape[-2], shape[-1]))
+        self._transform_names[weight] = [field for field in specs if field not in own]
+        for field, (size, dtype) in specs.items():
             self.register_buffer(buffer_name(weight, field), torch.empty(size, dtype=dtype, device=device))
 
     def _fill(self, weight: str, qt: QuantizedTensor) -> None:
@@ -58,7 +62,7 @@ class QuantModule(nn.Module):
         """The weight's fields in canonical layout, through the kernel's inverse where it is prepared."""
         scheme, shape = self._schemes[weight], self._shapes[weight]
         fields = {field: self._buffers.get(buffer_name(weight, field)) for field in field_specs(scheme, shape)}
-        if weight in self._prepared:
+        if weight in self._prepared and not self._kernel(weight).canonical:
             kernel, packed = self._kernel(weight), self._packed(weight)
             if len(shape) == 2:
                 whole = kernel.unprepare(packed)
@@ -70,13 +74,12 @@ class QuantModule(nn.Module):
 
     def _transform_fields(self, weight: str, expert: int | None = None) -> dict[str, Tensor]:
         """The fields of the scheme's transforms; these stay canonical always."""
-        scheme, shape = self._schemes[weight], self._shapes[weight]
-        if not scheme.transforms:
-            return {}
-        own = codec_fields(scheme, (shape[-2], shape[-1]))
-        names = [name for name in field_specs(scheme, shape) if name not in own]
-        fields = {name: self._buffers[buffer_name(weight, name)] for name in names}
-        return fields if expert is None else {name: t[expert] for name, t in fields.items()}  # type: ignore
+        fields: dict[str, Tensor] = {}
+        for name in self._transform_names[weight]:
+            tensor = self._buffers[buffer_name(weight, name)]
+            assert tensor is not None  # registered by _declare, and never released
+            fields[name] = tensor if expert is None else tensor[expert]
+        return fields
 
     # -- preparing
 
@@ -102,7 +105,7 @@ class QuantModule(nn.Module):
         parts = [kernel.prepare(part).tensors for part in ([bare] if len(qt.shape) == 2 else unstack(bare))]
         for field in own:
             del self._buffers[buffer_name(weight, field)]
-        for name in parts[0]:
+        for name in list(parts[0]):
             tensor = parts[0][name] if len(qt.shape) == 2 else torch.stack([part.pop(name) for part in parts])
             self.register_buffer(_packed_name(weight, name), tensor, persistent=False)
 
@@ -163,8 +166,7 @@ class QuantModule(nn.Module):
 
     def _ready(self, weight: str) -> tuple[Kernel, Packed]:
         """The kernel and the packed weight (or stack) of this call. Prepares at the first, and again after a move."""
-        hook = self.__dict__.get("_hf_hook")
-        if hook is not None and offloads_buffers(hook):
+        if offloads_buffers(self):
             # accelerate brings the canonical buffers in for this call only: packing them each time, or keeping a
             # packed copy behind its back, would defeat the offloading
             self.unprepare()
@@ -215,7 +217,7 @@ class QuantModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         self.unprepare()
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Canonical buffers: a copy or a pickle is free of the machine it was made on, and prepares anew."""
@@ -235,7 +237,7 @@ class QuantModule(nn.Module):
         """A canonical field by its name also while it is prepared (a fresh tensor then)."""
         state = self.__dict__
         for weight in state.get("_prepared", ()):
-            if name == weight or name.startswith(weight + "_"):
+            if (name == weight or name.startswith(weight + "_")) and name not in self._buffers:
                 for field, tensor in self._canonical(weight).fields.items():
                     if name == buffer_name(weight, field):
                         return tensor
@@ -246,7 +248,10 @@ def _packed_name(weight: str, tensor: str) -> str:
     return f"packed_{weight}_{tensor}"
 
 
-def offloads_buffers(hook: Any) -> bool:
-    """Whether an accelerate hook (a module's _hf_hook) brings buffers in for each call and takes them away after it."""
+def offloads_buffers(module: nn.Module) -> bool:
+    """Whether an accelerate hook on this module brings its buffers in for each call and takes them away after it."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return False
     parts = getattr(hook, "hooks", (hook,))
     return any(getattr(part, "offload", False) and getattr(part, "offload_buffers", False) for part in parts)

@@ -33,7 +33,8 @@ class ReferenceKernel:
         compute = matmul_dtype(x)
         z = x.to(compute)
         parts = [
-            z @ decode_rows(qt, slice(start, stop)).to(compute).T for start, stop in row_blocks(out_features, in_features)
+            z @ decode_rows(qt, slice(start, stop)).to(compute).T
+            for start, stop in row_blocks(out_features, in_features)
         ]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return (y if bias is None else y + bias.to(compute)).to(x.dtype)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ BLOCK_ELEMENTS = 1 << 22
 """Weights decoded at a time: 16 MiB of float32, small beside a model and large beside the cost of a call."""
 
 
-def row_blocks(out_features: int, in_features: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of row blocks of about BLOCK_ELEMENTS weights; multiples of 16 rows but for the last."""
-    step = max(16, BLOCK_ELEMENTS // in_features // 16 * 16)
+def row_blocks(
+    out_features: int, in_features: int, elements: int = BLOCK_ELEMENTS
+) -> Iterator[tuple[int, int]]:
+    """(start, stop) of row blocks of about `elements` weights; multiples of 16 rows but for the last."""
+    step = max(16, elements // in_features // 16 * 16)
     for start in range(0, out_features, step):
         yield start, min(start + step, out_features)
 

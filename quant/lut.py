@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .bitstream import pack_bits, row_bytes, unpack_bits
-from .clipping import chunk_rows, least_error_scale
+from .clipping import LADDER, chunk_rows, least_error_scale
 from .codec import Fields, group_count, group_of_column
 from .lloyd import kmeans_1d, lloyd_max
 from .scheme import Scheme, SchemeError, check_flag, check_integer
@@ -29,7 +29,10 @@ from .tensor import QuantizedTensor
 TABLES = ("nf4", "lloyd", "kmeans", "values")
 SCOPES = ("tensor", "row")
 
-_SAMPLE = 1 << 20
+STRETCH = (1.6, 1.45, 1.32, 1.2, 1.1)
+"""Of the scale that covers every weight, tried besides `LADDER`: a table that is dense near zero gains there."""
+
+_SAMPLE = 1 << 18
 """Weights, evenly spaced, that one table for a whole tensor is fitted to."""
 
 _ROUNDS = 2
@@ -141,7 +144,9 @@ class LutGrid:
     def fit_group(self, w: Tensor, group: int, importance: Tensor | None = None) -> None:
         """As the protocol says; a k-means table stays as `fit` made it, only the scales are the group's own."""
         if self.scheme.scaled:
-            self.scale[:, group] = self._best_scale(w[:, None, :], None if importance is None else importance[None])[:, 0]
+            self.scale[:, group] = self._best_scale(w[:, None, :], None if importance is None else importance[None])[
+                :, 0
+            ]
 
     def nearest(self, w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         if not self.scheme.scaled:
@@ -210,11 +215,14 @@ class LutGrid:
         if not torch.equal(table, -table.flip(-1)):
             reach.append(-_covering(-w, low, high))  # a negative scale turns the table round
 
+        nearest = _NearestInCells(table)
+
         def level(u: Tensor, zero: Tensor) -> Tensor:
-            return self._values(self._codes(u, table), table)
+            return nearest(u)
 
         zero = torch.zeros_like(reach[0])
-        return least_error_scale(w, level, [(scale, zero) for scale in reach], importance)[0]
+        starts = [(scale, zero) for scale in reach]
+        return least_error_scale(w, level, starts, importance, ladder=(*STRETCH, *LADDER))[0]
 
     def _by_group(self, x: Tensor) -> Tensor:
         out = x.new_zeros(x.shape[0], self.scale.shape[1])
@@ -233,6 +241,28 @@ class LutGrid:
         if len(table) == 1:
             return table[0][codes]
         return table.gather(-1, codes.flatten(1)).view(codes.shape)
+
+
+class _NearestInCells:
+    """The nearest level by a look-up in even cells, about: exact except in the cell that holds a boundary.
+
+    For the search of scales alone, which asks some twenty times for every weight: 1.5 ns, a binary search 60.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.cells = 4096 if len(table) == 1 else 1024
+        self.low = table[:, :1, None]
+        span = table[:, -1:, None] - self.low
+        self.per_unit = torch.where(span > 0, self.cells / span, 0.0)
+        centre = (torch.arange(self.cells, device=table.device) + 0.5) / self.cells * span[..., 0] + self.low[..., 0]
+        middle = (table[:, 1:] + table[:, :-1]) / 2
+        self.levels = table.gather(-1, torch.searchsorted(middle, centre)).flatten()
+        self.first = (torch.arange(len(table), device=table.device, dtype=torch.int32) * self.cells)[:, None, None]
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """u [rows, groups, n], overwritten -> levels."""
+        cell = u.sub_(self.low).mul_(self.per_unit).clamp_(0, self.cells - 1).to(torch.int32)
+        return self.levels.index_select(0, cell.add_(self.first).flatten()).view(u.shape)
 
 
 def _inverse(scale: Tensor) -> Tensor:

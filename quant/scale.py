@@ -112,7 +112,7 @@ class Scale:
 
     def apply_stats(self, stats: Stats, fields: Mapping[str, Tensor]) -> Stats:
         s = fields["input_scale"].float()
-        return Stats(stats.hessian / s / s[:, None], stats.absmean / s, stats.tokens)
+        return Stats(stats.hessian / torch.outer(s, s), stats.absmean / s, stats.tokens)
 
 
 TRANSFORM = Scale()

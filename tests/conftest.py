@@ -39,7 +39,7 @@ def _build(model_class: str, config_class: str, **values: Any) -> Any:
     config = getattr(transformers, config_class)(**values)
     model = getattr(transformers, model_class)(config).float().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases that do something
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif parameter.ndim >= 2:
@@ -264,11 +264,12 @@ def int4_everywhere(name: str, weight: Any) -> dict[str, Any] | None:
 
 def pack(model: Any, path: Path, scheme_of: SchemeOf = int4_everywhere) -> Packed:
     """Write `model` as a packed checkpoint, field by field as the format says, without the product's own writer."""
+    from safetensors.torch import save_file
+
     from bitpalette.calibrate.structure import quantizable
     from bitpalette.quant.scheme import Scheme
     from bitpalette.quant.solver import quantize_tensor
     from bitpalette.quant.tensor import stack
-    from safetensors.torch import save_file
 
     reference = copy.deepcopy(model)
     parameters = dict(model.named_parameters())

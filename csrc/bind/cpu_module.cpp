@@ -20,7 +20,8 @@ T* at(uintptr_t address) {
 }
 
 Isa isa_from_index(int index) {
-    if (index < 0 || index >= isa_count) throw std::invalid_argument("no instruction set " + std::to_string(index));
+    if (index < 0 || index >= isa_count)
+        throw std::invalid_argument("no instruction set " + std::to_string(index));
     return static_cast<Isa>(index);
 }
 
@@ -28,15 +29,16 @@ Int4Weight int4_weight(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t
     return {at<const uint8_t>(codes), at<const uint16_t>(scale), at<const uint8_t>(zero), out, in, group_size};
 }
 
-}  // namespace
+} // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of bitpalette";
     m.attr("interface_version") = 1;
     m.def("isas", [] {
-        py::dict found;  // {name: index} of those this machine runs, slowest first
+        py::dict found; // {name: index} of those this machine runs, slowest first
         for (int i = 0; i < isa_count; ++i)
-            if (isa_available(static_cast<Isa>(i))) found[isa_name(static_cast<Isa>(i))] = i;
+            if (isa_available(static_cast<Isa>(i)))
+                found[isa_name(static_cast<Isa>(i))] = i;
         return found;
     });
     m.def("use_openmp_runtime", [](uintptr_t parallel, uintptr_t number, uintptr_t count) {
@@ -47,7 +49,8 @@ PYBIND11_MODULE(_cpu, m) {
         "int4_linear",
         [](int isa, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t out, int64_t in, int64_t group_size,
            uintptr_t x, uintptr_t bias, uintptr_t y, int dtype, int64_t tokens, int threads) {
-            if (dtype < 0 || dtype > 2) throw std::invalid_argument("no dtype " + std::to_string(dtype));
+            if (dtype < 0 || dtype > 2)
+                throw std::invalid_argument("no dtype " + std::to_string(dtype));
             const py::gil_scoped_release unlocked;
             int4_linear(isa_from_index(isa), int4_weight(codes, scale, zero, out, in, group_size), at<const void>(x),
                         at<const void>(bias), at<void>(y), static_cast<Dtype>(dtype), tokens, threads);

@@ -13,10 +13,13 @@ namespace {
 constexpr int64_t bytes_per_thread = 64 << 10;
 
 const Int4Ops& ops(Isa isa) {
-    if (!isa_available(isa)) throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
+    if (!isa_available(isa))
+        throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
 #if BITPALETTE_X86
-    if (isa == Isa::avx512) return int4_avx512;
-    if (isa == Isa::avx2) return int4_avx2;
+    if (isa == Isa::avx512)
+        return int4_avx512;
+    if (isa == Isa::avx2)
+        return int4_avx2;
 #endif
     return int4_scalar;
 }
@@ -33,7 +36,7 @@ int useful_threads(int64_t bytes, int threads) {
     return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
 }
 
-}  // namespace
+} // namespace
 
 void int4_linear(Isa isa, const Int4Weight& w, const void* x, const void* bias, void* y, Dtype dtype, int64_t tokens,
                  int threads) {
@@ -81,4 +84,4 @@ void int4_rows(Isa isa, const Int4Weight& w, const int64_t* index, int64_t n, fl
     parallel_for(n, useful_threads(n * w.tiles() * int4_tile_columns / 2, threads), body, &call);
 }
 
-}  // namespace bitpalette
+} // namespace bitpalette

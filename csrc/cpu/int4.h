@@ -32,10 +32,10 @@ enum class Dtype { f32 = 0, f16 = 1, bf16 = 2 };
 
 struct Int4Weight {
     const uint8_t* codes;
-    const uint16_t* scale;  // fp16 bits
-    const uint8_t* zero;    // null: symmetric
+    const uint16_t* scale; // fp16 bits
+    const uint8_t* zero;   // null: symmetric
     int64_t out, in;
-    int64_t group_size;  // 0: the whole row
+    int64_t group_size; // 0: the whole row
 
     int64_t tiles() const { return (in + int4_tile_columns - 1) / int4_tile_columns; }
     int64_t blocks() const { return (out + int4_block_rows - 1) / int4_block_rows; }
@@ -45,9 +45,9 @@ struct Int4Weight {
 
 // x quantized: value = code * scale of its tile. negative_sum = minus the sum of a tile's codes, for zero points.
 struct Int8Input {
-    int8_t* codes;          // [tokens, tiles * 32], columns beyond `in` are 0
-    float* scale;           // [tokens, tiles]
-    int32_t* negative_sum;  // [tokens, tiles]
+    int8_t* codes;         // [tokens, tiles * 32], columns beyond `in` are 0
+    float* scale;          // [tokens, tiles]
+    int32_t* negative_sum; // [tokens, tiles]
 };
 
 // One instruction set's translation unit. The body never checks its arguments; the functions below do.
@@ -74,4 +74,4 @@ void int4_linear(Isa isa, const Int4Weight& w, const void* x, const void* bias, 
 // out [n, in] float32 = rows `index` of W. Throws std::invalid_argument for an index out of range.
 void int4_rows(Isa isa, const Int4Weight& w, const int64_t* index, int64_t n, float* out, int threads);
 
-}  // namespace bitpalette
+} // namespace bitpalette

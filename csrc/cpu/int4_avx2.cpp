@@ -9,17 +9,17 @@ namespace {
 
 struct Avx2 {
     struct Floats {
-        __m256 a, b;  // rows 0..7, 8..15
+        __m256 a, b; // rows 0..7, 8..15
     };
     struct Ints {
         __m256i a, b;
     };
-    using Codes = Ints;  // 64 bytes
+    using Codes = Ints; // 64 bytes
     struct Dot {
         Ints start;
-        Ints pairs;  // 16-bit sums of products
+        Ints pairs; // 16-bit sums of products
     };
-    static constexpr int64_t most_tokens = 2;  // 4 need 32 registers of the 16 there are
+    static constexpr int64_t most_tokens = 2; // 4 need 32 registers of the 16 there are
 
     static float half(uint16_t bits) { return _cvtsh_ss(bits); }
     static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -91,9 +91,9 @@ struct Avx2 {
     }
 };
 
-}  // namespace
+} // namespace
 
 const Int4Ops int4_avx2{quantize<Avx2>, linear<Avx2>, rows<Avx2>};
 
-}  // namespace bitpalette
+} // namespace bitpalette
 #endif

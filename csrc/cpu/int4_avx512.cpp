@@ -1,6 +1,6 @@
 // The int4 kernel for AVX-512 with VNNI: 16 lanes are one register.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own avx512fintrin.h, hundreds of lines of it
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // gcc 12's own avx512fintrin.h, hundreds of lines of it
 #endif
 #include "int4_body.h"
 
@@ -49,7 +49,8 @@ struct Avx512 {
     static void decode_tile_row(const uint8_t* codes, float zero, float scale, float* to) {
         const __m512 z = _mm512_set1_ps(zero), s = _mm512_set1_ps(scale);
         int32_t step[steps];
-        for (int j = 0; j < steps; ++j) std::memcpy(&step[j], codes + j * 64, 4);
+        for (int j = 0; j < steps; ++j)
+            std::memcpy(&step[j], codes + j * 64, 4);
         const __m128i bytes = _mm_setr_epi32(step[0], step[1], step[2], step[3]), mask = _mm_set1_epi8(15);
         const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
         const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi32(low, high)));
@@ -59,9 +60,9 @@ struct Avx512 {
     }
 };
 
-}  // namespace
+} // namespace
 
 const Int4Ops int4_avx512{quantize<Avx512>, linear<Avx512>, rows<Avx512>};
 
-}  // namespace bitpalette
+} // namespace bitpalette
 #endif

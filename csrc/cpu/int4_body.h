@@ -18,7 +18,7 @@ namespace {
 constexpr int lanes = int4_block_rows;
 constexpr int tile_columns = int4_tile_columns;
 constexpr int tile_bytes = int4_tile_bytes;
-constexpr int steps = 4;  // of 8 columns, 64 bytes
+constexpr int steps = 4; // of 8 columns, 64 bytes
 
 inline float from_bf16(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -39,14 +39,16 @@ inline uint16_t to_bf16(float value) {
 template <class V>
 inline void load_tile(const void* from, Dtype dtype, int64_t start, int n, float* to) {
     alignas(64) uint16_t halves[tile_columns] = {};
-    if (n < tile_columns) std::memset(to, 0, tile_columns * sizeof(float));
+    if (n < tile_columns)
+        std::memset(to, 0, tile_columns * sizeof(float));
     if (dtype == Dtype::f32) {
         std::memcpy(to, static_cast<const float*>(from) + start, n * sizeof(float));
         return;
     }
     std::memcpy(halves, static_cast<const uint16_t*>(from) + start, n * sizeof(uint16_t));
     if (dtype == Dtype::bf16) {
-        for (int i = 0; i < tile_columns; ++i) to[i] = from_bf16(halves[i]);
+        for (int i = 0; i < tile_columns; ++i)
+            to[i] = from_bf16(halves[i]);
     } else {
         V::store(to, V::load_halves(halves));
         V::store(to + lanes, V::load_halves(halves + lanes));
@@ -72,7 +74,7 @@ void quantize(const Int4Weight& w, const void* x, Dtype dtype, int64_t tokens, c
             float largest;
             std::memcpy(&largest, &top, sizeof largest);
             int8_t* codes = to.codes + at * tile_columns;
-            if (!(largest <= FLT_MAX) || largest < 127 * FLT_MIN) {  // not finite, or 127 / largest overflows
+            if (!(largest <= FLT_MAX) || largest < 127 * FLT_MIN) { // not finite, or 127 / largest overflows
                 std::memset(codes, 0, tile_columns);
                 to.scale[at] = largest < FLT_MAX ? 0.0f : NAN;
                 to.negative_sum[at] = 0;
@@ -93,13 +95,15 @@ void quantize(const Int4Weight& w, const void* x, Dtype dtype, int64_t tokens, c
 }
 
 template <class V>
-inline void store_rows(void* y, const void* bias, Dtype dtype, int64_t at, int64_t row, int n, typename V::Floats sums) {
+inline void store_rows(void* y, const void* bias, Dtype dtype, int64_t at, int64_t row, int n,
+                       typename V::Floats sums) {
     alignas(64) float values[lanes];
     V::store(values, sums);
     if (bias != nullptr) {
         alignas(64) float add[tile_columns];
         load_tile<V>(bias, dtype, row, n, add);
-        for (int r = 0; r < lanes; ++r) values[r] += add[r];
+        for (int r = 0; r < lanes; ++r)
+            values[r] += add[r];
     }
     if (dtype == Dtype::f32) {
         std::memcpy(static_cast<float*>(y) + at, values, n * sizeof(float));
@@ -107,7 +111,8 @@ inline void store_rows(void* y, const void* bias, Dtype dtype, int64_t at, int64
     }
     alignas(64) uint16_t halves[lanes];
     if (dtype == Dtype::bf16)
-        for (int r = 0; r < lanes; ++r) halves[r] = to_bf16(values[r]);
+        for (int r = 0; r < lanes; ++r)
+            halves[r] = to_bf16(values[r]);
     else
         V::store_halves(halves, V::load(values));
     std::memcpy(static_cast<uint16_t*>(y) + at, halves, n * sizeof(uint16_t));
@@ -120,7 +125,8 @@ void block_linear(const Int4Weight& w, const Int8Input& x, int64_t block, int64_
     const int64_t tiles = w.tiles(), groups = w.groups(), per_group = w.tiles_per_group();
     const uint8_t* codes = w.codes + block * tiles * tile_bytes;
     typename V::Floats sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = V::zero();
+    for (int m = 0; m < M; ++m)
+        sums[m] = V::zero();
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t parameters = (block * groups + group) * lanes;
         const typename V::Floats scale = V::load_halves(w.scale + parameters);
@@ -147,7 +153,8 @@ void block_linear(const Int4Weight& w, const Int8Input& x, int64_t block, int64_
     }
     const int64_t row = block * lanes;
     const int n = static_cast<int>(w.out - row < lanes ? w.out - row : lanes);
-    for (int m = 0; m < M; ++m) store_rows<V>(y, bias, dtype, (token + m) * w.out + row, row, n, sums[m]);
+    for (int m = 0; m < M; ++m)
+        store_rows<V>(y, bias, dtype, (token + m) * w.out + row, row, n, sums[m]);
 }
 
 template <class V>
@@ -156,11 +163,15 @@ void linear(const Int4Weight& w, const Int8Input& x, int64_t tokens, const void*
     for (int64_t block = begin; block < end; ++block) {
         int64_t token = 0;
         if constexpr (V::most_tokens >= 8)
-            for (; token + 8 <= tokens; token += 8) block_linear<V, 8>(w, x, block, token, bias, y, dtype);
+            for (; token + 8 <= tokens; token += 8)
+                block_linear<V, 8>(w, x, block, token, bias, y, dtype);
         if constexpr (V::most_tokens >= 4)
-            for (; token + 4 <= tokens; token += 4) block_linear<V, 4>(w, x, block, token, bias, y, dtype);
-        for (; token + 2 <= tokens; token += 2) block_linear<V, 2>(w, x, block, token, bias, y, dtype);
-        for (; token < tokens; ++token) block_linear<V, 1>(w, x, block, token, bias, y, dtype);
+            for (; token + 4 <= tokens; token += 4)
+                block_linear<V, 4>(w, x, block, token, bias, y, dtype);
+        for (; token + 2 <= tokens; token += 2)
+            block_linear<V, 2>(w, x, block, token, bias, y, dtype);
+        for (; token < tokens; ++token)
+            block_linear<V, 1>(w, x, block, token, bias, y, dtype);
     }
 }
 
@@ -187,5 +198,5 @@ void rows(const Int4Weight& w, const int64_t* index, int64_t begin, int64_t end,
     }
 }
 
-}  // namespace
-}  // namespace bitpalette
+} // namespace
+} // namespace bitpalette

@@ -39,9 +39,11 @@ struct Scalar {
         std::memcpy(&bits, &value, sizeof bits);
         const uint32_t sign = bits >> 16 & 0x8000;
         bits &= 0x7FFFFFFF;
-        if (bits > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
-        if (bits >= 0x47800000) return static_cast<uint16_t>(sign | 0x7C00);
-        if (bits < 0x38800000) {  // subnormal: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded
+        if (bits > 0x7F800000)
+            return static_cast<uint16_t>(sign | 0x7E00);
+        if (bits >= 0x47800000)
+            return static_cast<uint16_t>(sign | 0x7C00);
+        if (bits < 0x38800000) { // subnormal: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded
             float magnitude;
             std::memcpy(&magnitude, &bits, sizeof magnitude);
             magnitude += 0.5f;
@@ -61,37 +63,45 @@ struct Scalar {
     static void store(float* to, const Floats& f) { std::memcpy(to, f.lane, sizeof f.lane); }
     static Floats load_halves(const uint16_t* from) {
         Floats f;
-        for (int r = 0; r < lanes; ++r) f.lane[r] = half(from[r]);
+        for (int r = 0; r < lanes; ++r)
+            f.lane[r] = half(from[r]);
         return f;
     }
     static void store_halves(uint16_t* to, const Floats& f) {
-        for (int r = 0; r < lanes; ++r) to[r] = to_half(f.lane[r]);
+        for (int r = 0; r < lanes; ++r)
+            to[r] = to_half(f.lane[r]);
     }
     static Floats scaled(Floats f, float by) {
-        for (int r = 0; r < lanes; ++r) f.lane[r] *= by;
+        for (int r = 0; r < lanes; ++r)
+            f.lane[r] *= by;
         return f;
     }
     static Floats multiply_add(const Floats& a, const Floats& b, Floats c) {
-        for (int r = 0; r < lanes; ++r) c.lane[r] += a.lane[r] * b.lane[r];
+        for (int r = 0; r < lanes; ++r)
+            c.lane[r] += a.lane[r] * b.lane[r];
         return c;
     }
     static Floats to_floats(const Ints& i) {
         Floats f;
-        for (int r = 0; r < lanes; ++r) f.lane[r] = static_cast<float>(i.lane[r]);
+        for (int r = 0; r < lanes; ++r)
+            f.lane[r] = static_cast<float>(i.lane[r]);
         return f;
     }
     static Ints integer(int32_t value) {
         Ints i;
-        for (int r = 0; r < lanes; ++r) i.lane[r] = value;
+        for (int r = 0; r < lanes; ++r)
+            i.lane[r] = value;
         return i;
     }
     static Ints load_bytes(const uint8_t* from) {
         Ints i;
-        for (int r = 0; r < lanes; ++r) i.lane[r] = from[r];
+        for (int r = 0; r < lanes; ++r)
+            i.lane[r] = from[r];
         return i;
     }
     static Ints times(Ints i, int32_t by) {
-        for (int r = 0; r < lanes; ++r) i.lane[r] *= by;
+        for (int r = 0; r < lanes; ++r)
+            i.lane[r] *= by;
         return i;
     }
     static Codes load_codes(const uint8_t* from) {
@@ -100,17 +110,20 @@ struct Scalar {
         return c;
     }
     static Codes low(Codes c) {
-        for (uint8_t& byte : c.byte) byte &= 15;
+        for (uint8_t& byte : c.byte)
+            byte &= 15;
         return c;
     }
     static Codes high(Codes c) {
-        for (uint8_t& byte : c.byte) byte >>= 4;
+        for (uint8_t& byte : c.byte)
+            byte >>= 4;
         return c;
     }
     static Dot start(const Ints& i) { return i; }
     static Dot add_products(Dot d, const Codes& c, const int8_t* input) {
         for (int r = 0; r < lanes; ++r)
-            for (int k = 0; k < 4; ++k) d.lane[r] += c.byte[4 * r + k] * input[k];
+            for (int k = 0; k < 4; ++k)
+                d.lane[r] += c.byte[4 * r + k] * input[k];
         return d;
     }
     static Ints finish(const Dot& d) { return d; }
@@ -124,8 +137,8 @@ struct Scalar {
     }
 };
 
-}  // namespace
+} // namespace
 
 const Int4Ops int4_scalar{quantize<Scalar>, linear<Scalar>, rows<Scalar>};
 
-}  // namespace bitpalette
+} // namespace bitpalette

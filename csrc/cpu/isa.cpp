@@ -8,9 +8,10 @@ const char* isa_name(Isa isa) {
 }
 
 bool isa_available(Isa isa) {
-    if (isa == Isa::scalar) return true;
+    if (isa == Isa::scalar)
+        return true;
 #if BITPALETTE_X86 && (defined(__GNUC__) || defined(__clang__))
-    __builtin_cpu_init();  // its answers include the operating system's part (XGETBV)
+    __builtin_cpu_init(); // its answers include the operating system's part (XGETBV)
     if (isa == Isa::avx2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -21,4 +22,4 @@ bool isa_available(Isa isa) {
 #endif
 }
 
-}  // namespace bitpalette
+} // namespace bitpalette

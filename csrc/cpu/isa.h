@@ -9,7 +9,7 @@
 
 namespace bitpalette {
 
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2 };  // slowest first
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2 }; // slowest first
 
 constexpr int isa_count = 3;
 
@@ -18,4 +18,4 @@ const char* isa_name(Isa isa);
 // Both compiled in and supported by the CPU and the operating system. scalar always is.
 bool isa_available(Isa isa);
 
-}  // namespace bitpalette
+} // namespace bitpalette

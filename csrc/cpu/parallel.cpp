@@ -22,10 +22,11 @@ void run_share(void* data) {
     const int64_t thread = thread_number(), threads = thread_count();
     const int64_t begin = region.count * thread / threads;
     const int64_t end = region.count * (thread + 1) / threads;
-    if (begin < end) region.body(region.context, begin, end);
+    if (begin < end)
+        region.body(region.context, begin, end);
 }
 
-}  // namespace
+} // namespace
 
 void use_openmp_runtime(void* parallel, void* number, void* count) {
     const bool all = parallel != nullptr && number != nullptr && count != nullptr;
@@ -34,16 +35,20 @@ void use_openmp_runtime(void* parallel, void* number, void* count) {
     thread_count = all ? reinterpret_cast<GetInt>(count) : nullptr;
 }
 
-bool has_openmp_runtime() { return gomp_parallel != nullptr; }
+bool has_openmp_runtime() {
+    return gomp_parallel != nullptr;
+}
 
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
-    if (threads > count) threads = static_cast<int>(count);
+    if (threads > count)
+        threads = static_cast<int>(count);
     if (threads <= 1 || gomp_parallel == nullptr) {
-        if (count > 0) body(context, 0, count);
+        if (count > 0)
+            body(context, 0, count);
         return;
     }
     Region region{count, body, context};
     gomp_parallel(run_share, &region, static_cast<unsigned>(threads), 0);
 }
 
-}  // namespace bitpalette
+} // namespace bitpalette

@@ -14,4 +14,4 @@ bool has_openmp_runtime();
 // The split is static: a range a thread. `body` must not throw.
 void parallel_for(int64_t count, int threads, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 
-}  // namespace bitpalette
+} // namespace bitpalette

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitpalette.hf  # noqa: F401  (registers with transformers)
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+import bitpalette.hf  # noqa: F401  (registers with transformers)
 from bitpalette.calibrate.structure import quantizable
 from bitpalette.kernels.embedding import QuantEmbedding
 from bitpalette.kernels.experts import QuantExperts
 from bitpalette.kernels.linear import QuantLinear
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {"linear": QuantLinear, "conv1d": QuantLinear, "embedding": QuantEmbedding, "experts": QuantExperts}
@@ -67,7 +68,9 @@ def test_without_embeddings_and_heads(packed: Callable[..., Any], family: str, i
     assert_same(logits(model, ids), logits(made.reference, ids))
 
 
-def test_saved_again_is_the_same_file(packed: Callable[..., Any], family: str, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_saved_again_is_the_same_file(
+    packed: Callable[..., Any], family: str, ids: torch.Tensor, tmp_path: Path
+) -> None:
     made = packed(family)
     model = load(made.path)
     again = tmp_path / made.path.name / "again"
@@ -86,6 +89,7 @@ def test_dequantize_gives_the_architecture_back(
 ) -> None:
     made = packed(family)
     model = load(made.path).dequantize()
+    assert model.all_tied_weights_keys == made.reference.all_tied_weights_keys
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in made.reference.named_parameters()]
     for (name, a), b in zip(model.named_parameters(), made.reference.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitpalette.calibrate.structure import decoder_blocks, owner, quantizable, skipped
 from torch import nn
+
+from bitpalette.calibrate.structure import decoder_blocks, owner, quantizable, skipped
 
 BLOCKS = {
     "opt": "model.decoder.layers",

@@ -29,10 +29,10 @@ def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE_VARIABLE, "reference")
     assert choose(INT4, (64, 64), CPU).name == "reference"
     monkeypatch.setenv(FORCE_VARIABLE, "cpu_int4")
-    with pytest.raises(KernelError, match="BITPALETTE_KERNEL=cpu_int4 cannot run int bits=3.*at 4 bits"):
+    with pytest.raises(KernelError, match=r"BITPALETTE_KERNEL=cpu_int4 cannot run int bits=3.*at 4 bits"):
         choose(IntScheme(bits=3), (64, 64), CPU)
     monkeypatch.setenv(FORCE_VARIABLE, "warp_drive")
-    with pytest.raises(KernelError, match="warp_drive names no kernel; there are .*reference"):
+    with pytest.raises(KernelError, match=r"warp_drive names no kernel; there are .*reference"):
         choose(INT4, (64, 64), CPU)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,8 +20,9 @@ from bitpalette.quant.scheme import Scheme, SchemeError
 from bitpalette.quant.solver import quantize_tensor
 from bitpalette.quant.tensor import QuantizedTensor, field_specs
 
+# rtn of the codecs that are fitted rather than filled with random fields takes its time on the largest
 SHAPES = [(1, 1), (1, 1536), (17, 123), (123, 577), (1536, 17), (577, 576), (16, 1537), (48, 64)]
-TOKENS = [0, 1, 3, 8, 17]
+TOKENS = [0, 1, 3, 8, 17, 33]  # cpu_int4 multiplies more than 32 in float32
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -32,7 +33,12 @@ EXAMPLES: dict[str, list[dict]] = {
         for symmetric in (True, False)
         for rest in ({}, {"group_size": 32}, {"group_size": 64}, {"group_size": 128}, {"per_input_channel": True})
     ],
-    "lut": [{"codec": "lut"}],
+    "lut": [
+        {"codec": "lut"},
+        {"codec": "lut", "table": "nf4", "group_size": 64},
+        {"codec": "lut", "entries": 5, "table": "values", "values": [-3.0, -1.0, 0.0, 0.5, 2.0]},
+        {"codec": "lut", "entries": 8, "table": "kmeans", "table_scope": "row", "scaled": False},
+    ],
 }
 
 

@@ -1,0 +1,77 @@
+"""Quality of every recipe on a real model: compile, evaluate against the original, print the README's table.
+
+    python bench/quality.py MODEL --data DIR [--only NAME ...] [--out results.json]
+
+DIR holds valid.txt (calibration) and test.txt (evaluation). Every row is two commands that a user could run, and the
+JSON keeps them beside their figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+COMMON = ["--codec", "int", "--bits", "4", "--group-size", "64", "--head-bits", "16", "--embed-bits", "16"]
+RECIPES: dict[str, list[str]] = {
+    "gptq + rotation": ["--solver", "gptq", "--rotate"],
+    "gptq": ["--solver", "gptq", "--no-rotate"],
+    "awq": ["--solver", "awq", "--no-rotate"],
+    "awq+gptq": ["--solver", "awq+gptq", "--no-rotate"],
+    "rtn": ["--solver", "rtn", "--no-rotate"],
+    "rtn + rotation": ["--solver", "rtn", "--rotate"],
+}
+QUANTIZE = [sys.executable, "-m", "bitpalette"]
+
+
+def call(arguments: list[str]) -> dict[str, Any]:
+    done = subprocess.run([*QUANTIZE, *arguments, "--json"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"quantize {' '.join(arguments)}\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def measure(model: str, data: Path, recipe: list[str], tokens: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "packed")
+        calibration = ["--calib", str(data / "valid.txt"), "--calib-tokens", str(tokens)]
+        ran = call(["run", model, out, *COMMON, *recipe, *calibration])
+        text = ["--text", str(data / "test.txt"), "--seq-len", "512", "--chunks", "32"]
+        evaluated = call(["eval", out, "--against", model, *text])
+    return {"recipe": recipe, "run_seconds": ran["seconds"], "peak_memory_bytes": ran["peak_memory_bytes"], **evaluated}
+
+
+def main(
+    model: str,
+    data: Annotated[Path, typer.Option(help="Folder with valid.txt and test.txt.")],
+    only: Annotated[list[str] | None, typer.Option(help="Recipes to run; all if none.")] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 65536,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    rows: dict[str, Any] = {}
+    for name in only or RECIPES:
+        rows[name] = measure(model, data, RECIPES[name], tokens)
+        print(f"done: {name}: {rows[name]['kl_divergence']:.4f}", file=sys.stderr, flush=True)
+    print("| recipe | bits | KL, nats/token | perplexity | top-1 % | seconds |")
+    print("|---|---|---|---|---|---|")
+    for name, r in rows.items():
+        print(
+            f"| {name} | {r['bits_per_weight']:.3f} | {r['kl_divergence']:.4f} ± {r['kl_standard_error']:.4f} "
+            f"| {r['perplexity']:.2f} | {100 * r['top1_agreement']:.1f} | {r['run_seconds']:.0f} |"
+        )
+    if out is not None:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        about = {"commit": commit, "machine": platform.machine(), "cores": os.cpu_count(), "common": COMMON}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"about": about, "tokens": tokens, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
