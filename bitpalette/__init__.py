@@ -1,8 +1,8 @@
 """bitpalette: a weight and KV-cache quantization compiler. Importing it registers its checkpoints with transformers."""
 
 from . import hf as hf
-from ._version import __version__
-from .api import compile_checkpoint, generate, load, quantize_linear, quantize_model
+from ._version import __version__ as __version__
+from .api import compile_checkpoint, generate, load, quantize_linear, quantize_model, save_pretrained
 from .calibrate.plan import Plan, Rule
 from .calibrate.text import Calibration
 from .kernels.linear import QuantLinear
@@ -27,4 +27,5 @@ __all__ = [
     "quantize_linear",
     "quantize_model",
     "quantize_tensor",
+    "save_pretrained",
 ]

@@ -15,6 +15,7 @@ from .calibrate.plan import Plan, PlanError
 from .calibrate.structure import quantizable
 from .calibrate.text import Calibration
 from .formats.base import Source, open_source
+from .formats.manifest import write_manifest
 from .kernels.linear import QuantLinear
 from .quant.scheme import Scheme
 from .quant.solver import quantize_tensor
@@ -36,6 +37,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     names = source.config.get("architectures") or ["AutoModelForCausalLM"]
     cls = getattr(transformers, names[0])
     return cls.from_pretrained(str(path), device_map={"": str(device)}, dtype=dtype).eval()
+
+
+def save_pretrained(model: Any, path: str | Path, **options: Any) -> None:
+    """transformers' `save_pretrained` (its `options`), and the manifest that makes the folder a complete checkpoint."""
+    model.save_pretrained(str(path), **options)
+    write_manifest(path)
 
 
 @torch.no_grad()
@@ -105,6 +112,7 @@ def compile_checkpoint(
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
     work: str | Path | None = None,
+    stats: str | Path | None = None,
     events: Events | None = None,
 ) -> list[Record]:
     """Quantize a checkpoint into the folder `out`, a block at a time; what `quantize run` does.
@@ -113,7 +121,15 @@ def compile_checkpoint(
     it stopped. Returns a record for each quantized weight. Raises FormatError, PlanError, CalibrationError.
     """
     compilation = prepare_compilation(
-        model, out, plan, calibration=calibration, dtype=dtype, max_shard_bytes=max_shard_bytes, work=work, events=events
+        model,
+        out,
+        plan,
+        calibration=calibration,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        work=work,
+        stats=stats,
+        events=events,
     )
     return compilation.run()
 
@@ -127,6 +143,7 @@ def prepare_compilation(
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
     work: str | Path | None = None,
+    stats: str | Path | None = None,
     events: Events | None = None,
 ) -> Compilation:
     """As `compile_checkpoint`, all checks done and nothing written yet: `.sizes()` tells what `.run()` will write."""
@@ -139,6 +156,7 @@ def prepare_compilation(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         work=None if work is None else Path(work),
+        stats=None if stats is None else Path(stats),
         version=__version__,
         events=events,
     )

@@ -35,10 +35,15 @@ class Moment:
         self.abs += x.abs().sum(0, dtype=torch.float64)
         self.tokens += x.shape[0]
 
-    def stats(self) -> Stats:
-        lower = self.sum.tril()
+    def stats(self, release: bool = False) -> Stats:
+        """release: the sum's memory becomes the Hessian's, and the moment is used up."""
         count = max(self.tokens, 1)
-        hessian = (lower + lower.tril(-1).T) / count
+        hessian = self.sum if release else self.sum.clone()
+        for i in range(0, hessian.shape[0], PANEL):  # panels above the diagonal were never computed
+            hessian[i : i + PANEL, i + PANEL :] = hessian[i + PANEL :, i : i + PANEL].T
+            square = hessian[i : i + PANEL, i : i + PANEL]
+            square.copy_(square.tril() + square.tril(-1).T)
+        hessian /= count
         return Stats(hessian, (self.abs / count).float(), self.tokens)
 
 
@@ -115,6 +120,17 @@ def _experts_hook(module_name: str, moments: dict[str, Moment | list[Moment]]) -
             )
 
     return after
+
+
+def finished(moments: dict[str, Moment | list[Moment]]) -> dict[str, Stats | list[Stats]]:
+    """Statistics from moments, one object where weights share an input. The moments are used up, one by one."""
+    done: dict[int, Stats | list[Stats]] = {}
+    out: dict[str, Stats | list[Stats]] = {}
+    for name, moment in moments.items():
+        if id(moment) not in done:
+            done[id(moment)] = expert_stats(moment) if isinstance(moment, list) else moment.stats(release=True)
+        out[name] = done[id(moment)]
+    return out
 
 
 def expert_stats(moments: list[Moment]) -> list[Stats]:

@@ -32,10 +32,11 @@ from ..quant.solver import plan_solver, quantize_tensor
 from ..quant.stats import Stats, output_error
 from ..quant.tensor import QuantizedTensor, field_specs, stack
 from . import stream as streaming
-from .collect import Moment, collecting, expert_stats
+from .collect import Moment, collecting, finished
 from .journal import Journal
 from .plan import Plan, PlanError
 from .skeleton import DTYPES, Skeleton
+from .store import LayerStats, StatsStore
 from .stream import Stream
 from .structure import Weight, quantizable, skipped
 from .text import Calibration, self_written, sequences
@@ -95,7 +96,9 @@ class Compilation:
     """One run of the compiler. Building it reads headers only, checks everything that can be checked and writes nothing.
 
     source: the checkpoint. plan: what to do. out: the folder to write. calibration: None for solvers without
-    statistics. dtype: that hidden states are computed in. Raises FormatError, PlanError, CalibrationError.
+    statistics. dtype: that hidden states are computed in. stats: a folder of statistics of the original model, collected
+    there where it has none yet, and used by any later plan; without it every block's statistics are taken behind the
+    quantized blocks before it. Raises FormatError, PlanError, CalibrationError.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Compilation:
         dtype: str = "float32",
         max_shard_bytes: int = 5_000_000_000,
         work: Path | None = None,
+        stats: Path | None = None,
         version: str = "",
         events: Events | None = None,
     ) -> None:
@@ -128,6 +132,7 @@ class Compilation:
         if needs_stats and calibration is None:
             raise PlanError(f"solver {plan.solver} needs a calibration text (--calib)")
         self.calibration = calibration if needs_stats else None
+        self.stats = stats if needs_stats else None
         self.skipped = {k: v for k, v in skipped(self.skeleton.model).items() if "3-D" in v}
         if self.skipped and not all(any(r.matches(k, _named(k)) for r in plan.rules) for k in self.skipped):
             name, reason = next(iter(self.skipped.items()))
@@ -175,6 +180,7 @@ class Compilation:
             "model": self.source.fingerprint(),
             "plan": self.plan.to_dict(),
             "calibration": calibration,
+            "stats": "of the original model" if self.stats is not None else "behind the quantized blocks",
             "dtype": dtype,
             "max_shard_bytes": max_shard_bytes,
             "format_version": FORMAT_VERSION,
@@ -299,12 +305,18 @@ class _Run:
         self.skeleton = compilation.skeleton
         self.tokens: Tensor | None = None
         self.stream: Stream | None = None
+        self.store: StatsStore | None = None
+        if compilation.stats is not None:
+            origin = {k: compilation.job[k] for k in ("model", "calibration", "dtype")}
+            self.store = StatsStore(compilation.stats, origin)
 
     def all(self) -> None:
         blocks = len(self.skeleton.blocks)
         done = len(self.journal.parts)
         self.c.events.part(done, blocks + 1)
-        if self.c.calibration is not None and done <= blocks:
+        if self.store is not None:
+            self._collect(self.store)
+        elif self.c.calibration is not None and done <= blocks:
             self._start(done)
         for part in range(done, blocks + 1):
             records = list(self._block(part) if part < blocks else self._outside())
@@ -355,50 +367,73 @@ class _Run:
         os.replace(str(tokens_file) + ".partial", tokens_file)
         return tokens
 
+    def _collect(self, store: StatsStore) -> None:
+        """The statistics of the original model that the folder lacks, for every layer that could ever need them."""
+        blocks = len(self.skeleton.blocks)
+        missing = [part for part in range(blocks + 1) if not store.has(part)]
+        if not missing:
+            self.c.events.note(f"statistics from {store.folder}")
+            return
+        assert self.c.calibration is not None
+        self.tokens = self._tokens(self.c.calibration)
+        self.stream = streaming.start(self.skeleton, self.tokens, self.c.dtype)
+        for index in range(blocks):
+            names = self.skeleton.parameters_of(index)
+            block = self.skeleton.blocks[index][1]
+            with self.skeleton.loaded(names), torch.no_grad():
+                self.skeleton.cast(names, self.c.dtype)
+                if index in missing:
+                    with collecting(self.skeleton.model, {n: self.c.weights[n] for n in names if n in self.c.weights}) as m:
+                        self.stream.run(block, index, keep=False)
+                    store.save(index, finished(m))
+                self.stream.run(block, index, keep=True)
+        heads = [n for n, w in self.c.weights.items() if w.head]
+        store.save(blocks, self._head_stats(heads))
+        self.stream = None
+
+    def _head_stats(self, heads: list[str]) -> dict[str, LayerStats]:
+        if not heads or self.stream is None or self.tokens is None:
+            return {}
+        moment = Moment(self.c.weights[heads[0]].shape[1])
+        module_name = _head_module(self.skeleton.model)
+        for x in streaming.head_inputs(self.skeleton, self.tokens, self.stream, module_name, self.c.dtype):
+            moment.add(x)
+        return {heads[0]: moment.stats()}
+
     def _block(self, index: int) -> Iterator[Record]:
         names = self.skeleton.parameters_of(index)
-        moments: dict[str, Moment | list[Moment]] = {}
+        stats: dict[str, LayerStats] = {}
         with self.skeleton.loaded(names) as originals:
-            if self.stream is not None:
+            if self.store is not None:
+                stats = self.store.load(index)
+            elif self.stream is not None:
                 self.skeleton.cast(names, self.c.dtype)
                 weights = {n: self.c.weights[n] for n in names if n in self.c.schemes}
                 with collecting(self.skeleton.model, weights) as moments, torch.no_grad():
                     self.stream.run(self.skeleton.blocks[index][1], index, keep=False)
-        yield from self._write(originals, moments)
+                stats = finished(moments)
+        yield from self._write(originals, stats)
 
     def _outside(self) -> Iterator[Record]:
         names = self.skeleton.parameters_of(None)
-        moments: dict[str, Moment | list[Moment]] = {}
-        head = [n for n in names if n in self.c.schemes and self.c.weights[n].head]
-        if self.stream is not None and head:
-            module_name = _head_module(self.skeleton.model)
-            moment = Moment(self.c.weights[head[0]].shape[1])
-            assert self.tokens is not None
-            inputs = streaming.head_inputs(self.skeleton, self.tokens, self.stream, module_name, self.c.dtype)
-            for x in inputs:
-                moment.add(x)
-            moments[head[0]] = moment
+        if self.store is not None:
+            stats = self.store.load(len(self.skeleton.blocks))
+        else:
+            stats = self._head_stats([n for n in names if n in self.c.schemes and self.c.weights[n].head])
         self.stream = None
         with self.skeleton.loaded(names) as originals:
             pass
-        yield from self._write(originals, moments)
+        yield from self._write(originals, stats)
 
-    def _write(self, originals: dict[str, Tensor], moments: dict[str, Moment | list[Moment]]) -> Iterator[Record]:
+    def _write(self, originals: dict[str, Tensor], stats: dict[str, LayerStats]) -> Iterator[Record]:
         """Quantize and write a part's tensors, each let go of once it is written."""
-        shared: dict[int, tuple[Any, Any]] = {}
         for name in list(originals):
             w = originals.pop(name)
             if name not in self.c.schemes:
                 self.writer.write(name, w)
                 continue
             start = time.monotonic()
-            moment = moments.pop(name, None)
-            if id(moment) not in shared:
-                shared.clear()  # q, k and v share; then o: only the last is worth keeping
-                stats = expert_stats(moment) if isinstance(moment, list) else moment and moment.stats()
-                shared[id(moment)] = (moment, stats)
-            stats = shared[id(moment)][1]
-            qt, record = self._quantize(name, w, stats)
+            qt, record = self._quantize(name, w, stats.pop(name, None))
             for field, value in qt.fields.items():
                 self.writer.write(stored_name(name, field), value)
             self.c.events.layer(record, time.monotonic() - start)

@@ -2,6 +2,7 @@
 
     <work>/job.json         everything the result depends on: a run goes on only with the very same job
     <work>/journal.jsonl    a line for each finished part, appended once its tensors are in the partial files
+    <work>/tokens.safetensors         the calibration set, int64 [sequences, seq_len]
     <work>/hidden-NNNNN.safetensors   the calibration set's hidden states at the input of block NNNNN
 """
 
@@ -9,35 +10,44 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..formats.atomic import write_atomically
+from ..formats.atomic import PARTIAL, write_atomically
+from ..formats.config_json import read_json
 from ..formats.errors import FormatError
+
+JOB = "job.json"
+TOKENS = "tokens.safetensors"
 
 
 class Journal:
-    """Opened on a work folder; `create` says whether it is new."""
+    """Opened on a work folder, which is made where there is none. resumed: a run was begun in it before.
+
+    FormatError where the folder cannot be made, or belongs to a run of another job.
+    """
 
     def __init__(self, work: Path, job: dict[str, Any]) -> None:
         self.work = work
         self.path = work / "journal.jsonl"
         text = json.dumps(job, indent=1, sort_keys=True)
-        stored = work / "job.json"
+        stored = work / JOB
         self.resumed = stored.exists()
         if self.resumed:
             if stored.read_text() != text:
-                changed = _difference(json.loads(stored.read_text()), job)
+                changed = _difference(read_json(stored), job)
                 raise FormatError(
                     f"{work} belongs to an unfinished run with other settings ({changed}); "
                     "run that command again to finish it, or delete the folder"
                 )
         else:
-            work.mkdir(parents=True, exist_ok=True)
+            try:
+                work.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise FormatError(f"{work}: cannot be made: {error.strerror}; choose another folder") from error
             write_atomically(stored, text.encode())
         self.parts = self._read()
         self._saved = time.monotonic()
@@ -55,21 +65,30 @@ class Journal:
 
     def add(self, part: dict[str, Any]) -> None:
         """Append a finished part; on disk when this returns."""
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(part).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(part).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise FormatError(f"{self.path}: cannot be written: {error.strerror}; free space and run again") from error
         self.parts.append(part)
+
+    def save_tokens(self, tokens: Tensor) -> None:
+        """Keep the calibration set: a run that goes on need not make it again."""
+        self._save(self.work / TOKENS, {"tokens": tokens})
+
+    def tokens(self) -> Tensor | None:
+        """The calibration set kept by the run that goes on here."""
+        path = self.work / TOKENS
+        return _load(path)["tokens"] if path.exists() else None
 
     def save_hidden(self, block: int, hidden: list[Tensor], every: float) -> None:
         """Keep the hidden states at the input of `block`, unless some were kept within the last `every` seconds."""
-        from safetensors.torch import save_file
-
         if time.monotonic() - self._saved < every:
             return
         path = self.work / f"hidden-{block:05d}.safetensors"
-        save_file({f"{i:06d}": h for i, h in enumerate(hidden)}, str(path) + ".partial")
-        os.replace(str(path) + ".partial", path)
+        self._save(path, {f"{i:06d}": h for i, h in enumerate(hidden)})
         for old in self.work.glob("hidden-*.safetensors"):
             if old != path:
                 old.unlink()
@@ -77,16 +96,40 @@ class Journal:
 
     def hidden(self, block: int) -> tuple[int, list[Tensor]] | None:
         """(block, hidden states at its input), the latest kept at or before `block`."""
-        from safetensors.torch import load_file
-
         kept = sorted(p for p in self.work.glob("hidden-*.safetensors") if int(p.stem[7:]) <= block)
         if not kept:
             return None
-        tensors = load_file(kept[-1])
+        tensors = _load(kept[-1])
         return int(kept[-1].stem[7:]), [tensors[k] for k in sorted(tensors)]
 
     def remove(self) -> None:
-        shutil.rmtree(self.work)
+        """Delete the work folder. job.json goes last: a folder without one has nothing that a run needs."""
+        for path in self.work.iterdir():
+            if path.name != JOB:
+                path.unlink()
+        (self.work / JOB).unlink()
+        self.work.rmdir()
+
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            save_file(tensors, partial)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:  # the library wraps what the system says
+            partial.unlink(missing_ok=True)
+            raise FormatError(f"{path}: cannot be written: {error}; free space, or choose another folder by --work") from (
+                error if isinstance(error, OSError) else OSError(str(error))
+            )
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """In fresh memory: tensors mapped from the file lie at odd addresses, for which sums may be rounded otherwise."""
+    from safetensors.torch import load_file
+
+    return {name: value.clone() for name, value in load_file(path).items()}
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

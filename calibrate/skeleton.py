@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from ..formats.base import Source
 from ..formats.errors import FormatError
 from .structure import decoder_blocks
+
+if TYPE_CHECKING:
+    from .fold import Fold
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -27,7 +30,8 @@ class Skeleton:
 
     model: the transformers model. blocks: [(name, module)] of the repeated blocks. parameters: {name: tensor on meta},
     and the buffers a checkpoint stores. origin: {parameter name: checkpoint tensor names it is made of}. tied: {name of
-    a parameter that is another's: that other, under which it is stored once}.
+    a parameter that is another's: that other, under which it is stored once}. fold: what is done to every part that is
+    loaded; see `fold_in`.
     """
 
     def __init__(self, source: Source) -> None:
@@ -38,6 +42,13 @@ class Skeleton:
         self.mapping = _conversion_mapping(self.model)
         self.origin = self._match()
         self.blocks = decoder_blocks(self.model)
+        self.fold: Fold | None = None
+
+    def fold_in(self, fold: Fold) -> None:
+        """From now on be the equivalent model with a rotated residual stream: every part is changed as it is loaded,
+        so parts are to be loaded whole."""
+        self.fold = fold
+        fold.install(self)
 
     def _match(self) -> dict[str, list[str]]:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -120,6 +131,10 @@ class Skeleton:
                 f"{self.source.path}: {broken[0] if broken else still[0]} could not be made from the checkpoint's "
                 "tensors; its config.json and its weights do not belong together"
             )
+        if self.fold is not None:
+            for block in dict.fromkeys(self.block_of(name) for name in names):
+                self.fold.apply(self, block)
+
     def release(self, names: list[str]) -> None:
         for name in names:
             self.put(name, self.parameters[name])

@@ -24,7 +24,7 @@ class _Done(Exception):
     """The forward has got as far as it is wanted."""
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """Stands in for a block: keeps what it is called with, passes its hidden states on."""
 
     def __init__(self, block: nn.Module, stop: bool, returns_tuple: bool) -> None:
@@ -75,9 +75,11 @@ class Stream:
 
 
 @contextlib.contextmanager
-def _recorders(skeleton: Skeleton, stop: bool, returns_tuple: bool) -> Iterator[list[_Recorder]]:
+def recorders_in(skeleton: Skeleton, stop: bool, returns_tuple: bool) -> Iterator[list[Recorder]]:
+    """Recorders in place of all blocks while the context lasts. stop: the last one ends the forward. returns_tuple:
+    they return (hidden states,) instead of hidden states."""
     last = len(skeleton.blocks) - 1
-    recorders = [_Recorder(b, stop and i == last, returns_tuple) for i, (_, b) in enumerate(skeleton.blocks)]
+    recorders = [Recorder(b, stop and i == last, returns_tuple) for i, (_, b) in enumerate(skeleton.blocks)]
     try:
         for (name, _), recorder in zip(skeleton.blocks, recorders, strict=True):
             skeleton.model.set_submodule(name, recorder)
@@ -105,13 +107,13 @@ def start(skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> Stream:
     return stream
 
 
-def _record(skeleton: Skeleton, batch: Tensor) -> list[_Recorder]:
+def _record(skeleton: Skeleton, batch: Tensor) -> list[Recorder]:
     """One forward with recorders. Blocks of most models return hidden states, of some a tuple that begins with them:
     where the second block would get something else than the first, it is a tuple."""
     for returns_tuple in (False, True):
-        with _recorders(skeleton, True, returns_tuple) as recorders:
+        with recorders_in(skeleton, True, returns_tuple) as recorders:
             try:
-                _forward(skeleton.model, batch)
+                run_model(skeleton.model, batch)
             except _Done:
                 pass
             except (AttributeError, TypeError, IndexError, ValueError, RuntimeError):
@@ -125,7 +127,8 @@ def _record(skeleton: Skeleton, batch: Tensor) -> list[_Recorder]:
     raise RuntimeError(f"{type(skeleton.model).__name__}: its blocks do not pass hidden states from one to the next")
 
 
-def _forward(model: nn.Module, batch: Tensor) -> None:
+def run_model(model: nn.Module, batch: Tensor) -> None:
+    """One forward over token ids int64 [batch, seq_len], without a cache."""
     if getattr(model.config, "is_decoder", True) and hasattr(model.config, "use_cache"):
         model(input_ids=batch, use_cache=False)
     else:
@@ -166,10 +169,10 @@ def _head_input(
     catcher = _Catcher()
     skeleton.model.set_submodule(head, catcher)
     try:
-        with _recorders(skeleton, False, returns_tuple) as recorders:
+        with recorders_in(skeleton, False, returns_tuple) as recorders:
             recorders[-1].replacement = hidden
             with contextlib.suppress(_Done):
-                _forward(skeleton.model, batch)
+                run_model(skeleton.model, batch)
     finally:
         skeleton.model.set_submodule(head, module)
     return catcher.seen[0]

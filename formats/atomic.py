@@ -36,7 +36,9 @@ def copy_atomically(source: Path, target: Path) -> None:
         os.replace(beside, target)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise FormatError(f"cannot copy {source} to {target}: {error.strerror}; free space or check permissions") from error
+        raise FormatError(
+            f"cannot copy {source} to {target}: {error.strerror}; free space or check permissions"
+        ) from error
 
 
 def sync_directory(directory: Path) -> None:

@@ -75,7 +75,9 @@ class DirectorySource:
             raise FormatError(f"{index_path}: has no weight_map; fetch or write it again")
         for name, file_name in weight_map.items():
             if not isinstance(file_name, str) or os.path.basename(file_name) != file_name or not file_name:
-                raise FormatError(f"{index_path}: tensor {name!r} is said to be in {file_name!r}, which is no file name")
+                raise FormatError(
+                    f"{index_path}: tensor {name!r} is said to be in {file_name!r}, which is no file name"
+                )
         for file_name in sorted(set(weight_map.values())):
             if not (self.path / file_name).is_file():
                 raise FormatError(f"{index_path}: names the shard {file_name!r}, which is missing; fetch it again")
@@ -112,7 +114,7 @@ def _no_checkpoint(path: Path, why: str) -> str:
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror}"
     if any(name.startswith("pytorch_model") and name.endswith(".bin") for name in names):
-        return f"{path}: holds pytorch_model.bin only; convert it to safetensors (load it in transformers, save_pretrained)"
+        return f"{path}: holds pytorch_model.bin only; convert it to safetensors (transformers: load, save_pretrained)"
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
         return f"{path}: {why}; it holds {gguf[0]!r}, give the path of that file"

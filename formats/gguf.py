@@ -1,8 +1,8 @@
 """A .gguf file as a source of bf16 tensors under transformers' names.
 
-The header is checked by `gguf_header.py`; what the metadata means (config, tensor names, undoing llama.cpp's changes to
-weights such as the q/k permutation, tokenizer) is transformers' own knowledge and used from there; blocks are decoded by
-the gguf package. Tensors are read and decoded one at a time.
+The header is checked by `gguf_header.py`; what the metadata means (config, tensor names, undoing llama.cpp's changes
+to weights such as the q/k permutation, tokenizer) is transformers' own knowledge and used from there, through
+`gguf_mapping.py`; blocks are decoded by the gguf package. Tensors are read and decoded one at a time.
 
 transformers is imported inside functions: it takes seconds, and most commands on other formats do not need it.
 """
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .atomic import write_atomically
 from .errors import FormatError
-from .gguf_header import MAGIC, GgufHeader, GgufTensor, read_header
+from .gguf_blocks import decode_rows
+from .gguf_header import MAGIC, GgufHeader, read_header
 from .gguf_mapping import map_header
 from .safetensors_file import TensorInfo, file_fingerprint, read_exactly
 
@@ -35,8 +36,6 @@ UNCHANGED = ("token_embd.weight", "output.weight")
 
 CHUNK_WEIGHTS = 4 << 20
 """Weights decoded at once: float32 and the decoder's temporaries stay near 100 MB."""
-
-ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 class GgufSource:
@@ -65,12 +64,12 @@ class GgufSource:
             step = max(1, CHUNK_WEIGHTS // info.shape[-1])
             for first in range(0, info.shape[0], step):
                 last = min(first + step, info.shape[0])
-                out[first:last] = torch.from_numpy(self._decode(parts[0], first, last))
+                out[first:last] = torch.from_numpy(decode_rows(self.path, parts[0], first, last))
             return out
         gathered: dict[str, dict[str, Tensor]] = {"tensors": {}}
         for part in parts:  # several: the experts' gate and up projections, which transformers keeps as one
             result = self._mapping.processor.process(
-                weights=self._decode(part, 0, math.prod(part.shape[:-1])).reshape(part.shape),
+                weights=decode_rows(self.path, part, 0, math.prod(part.shape[:-1])).reshape(part.shape),
                 name=part.name,
                 tensor_key_mapping=self._mapping.key_mapping,
                 parsed_parameters=gathered,
@@ -109,17 +108,6 @@ class GgufSource:
                 files = _tokenizer_files(self.path)
         text = json.dumps(_generation_config(self.header.metadata), indent=2, sort_keys=True) + "\n"
         return dict(sorted((files | {"generation_config.json": text.encode()}).items()))
-
-    def _decode(self, part: GgufTensor, first: int, last: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """float32 [last - first, columns] of the tensor seen as rows of its last dimension."""
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        raw = torch.empty((last - first) * part.row_bytes, dtype=torch.uint8)
-        read_exactly(self.path, part.offset + first * part.row_bytes, raw, part.name)
-        with np.errstate(all="ignore"):  # a corrupt scale may overflow; the result says so by not being finite
-            rows = dequantize(raw.numpy().reshape(last - first, -1), GGMLQuantizationType(part.qtype))
-        return np.asarray(rows, dtype=np.float32).reshape(last - first, part.shape[-1])
 
 
 class GgufFormat:
@@ -165,12 +153,6 @@ def _check_metadata(header: GgufHeader) -> None:
         value = metadata.get(f"{arch}.{key}", 0)
         if isinstance(value, int) and not 0 <= value <= 1 << 16:
             raise FormatError(f"{path}: {arch}.{key} is {value}, which makes no sense; use another file")
-    for tensor in header.tensors.values():
-        if tensor.name in ROPE_FACTORS:
-            raise FormatError(
-                f"{path}: tensor {tensor.name!r} scales the rotary frequencies, which transformers does not read from "
-                "GGUF; use the safetensors checkpoint of this model"
-            )
     for qtype in sorted({tensor.qtype for tensor in header.tensors.values()}):
         kind = GGMLQuantizationType(qtype)
         try:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from .errors import FormatError
+from .gguf_blocks import decode_rows
 from .gguf_header import GgufHeader, GgufTensor
-
+from .gguf_rope import rope_parameters
 
 UNREAD = {
     "gpt2": {"context_length": "n_positions"},
@@ -30,7 +31,10 @@ UNREAD = {
     },
     "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
 }
-"""Sizes that a file states and transformers 5.23 leaves at one checkpoint's value: {architecture: {key: config key}}."""
+"""{architecture: {key: config key}}: sizes that files state and transformers 5.23 leaves at one checkpoint's value."""
+
+
+ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 @dataclass
@@ -89,7 +93,23 @@ def _config_values(header: GgufHeader) -> dict[str, Any]:
     for key, name in UNREAD.get(arch, {}).items():
         if f"{arch}.{key}" in header.metadata:
             values[name] = header.metadata[f"{arch}.{key}"]
+    if ROPE_FREQUENCIES in header.tensors:
+        values["rope_parameters"] = _rope(header, values.pop("rope_theta", None))
     return values
+
+
+def _rope(header: GgufHeader, theta: Any) -> dict[str, Any]:
+    """The scaling that the tensor of frequency factors stands for, which transformers would leave out."""
+    tensor = header.tensors[ROPE_FREQUENCIES]
+    parameters = None
+    if header.architecture == "llama" and len(tensor.shape) == 1 and isinstance(theta, float):
+        parameters = rope_parameters(theta, torch.from_numpy(decode_rows(header.path, tensor, 0, 1)[0]))
+    if parameters is None:
+        raise FormatError(
+            f"{header.path}: the rotary frequencies are scaled ({ROPE_FREQUENCIES}) in a way that cannot be mapped to "
+            "transformers; use the safetensors checkpoint of this model"
+        )
+    return parameters
 
 
 def _vocab_size(header: GgufHeader) -> Any:
@@ -171,6 +191,8 @@ def _assign(
 ) -> dict[str, list[GgufTensor]]:
     parts: dict[str, list[GgufTensor]] = {name: [] for name in shapes}
     for t in header.tensors.values():
+        if t.name == ROPE_FREQUENCIES:
+            continue  # in the config
         # stacked experts have no suffix on transformers' side
         target = key_mapping.get(t.name) or key_mapping.get(t.name.removesuffix(".weight"))
         if target is None:

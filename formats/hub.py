@@ -40,7 +40,8 @@ class HubFormat:
             raise FormatError(f"no such model: {path!r} is neither a path here nor a valid hub id") from error
         except HfHubHTTPError as error:
             raise FormatError(f"the hub refused {path!r}: {error}") from error
-        except Exception as error:  # no route, offline, nothing cached: the HTTP library's errors change with the version
+        except Exception as error:
+            # no route, offline mode, nothing cached; which HTTP library raises depends on the version
             raise FormatError(
                 f"no such model: {path!r} is no path here, not in the hub cache, and no hub could be reached "
                 f"({type(error).__name__}); check the path or the network"

@@ -90,7 +90,7 @@ def is_complete(directory: str | os.PathLike[str]) -> bool:
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Size, sha256 and, for a valid safetensors file, the CRC-32 of each tensor. FormatError where it cannot be read."""
+    """Size, sha256 and, for a safetensors file, the CRC-32 of each tensor. FormatError where it cannot be read."""
     boundaries: list[tuple[int, int, str]] = []
     if path.suffix == ".safetensors":
         file = SafetensorsFile(path)

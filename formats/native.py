@@ -187,8 +187,8 @@ class NativeSource:
         self.quantization = NativeConfig.parse(self.config["quantization_config"], config_path)
         if not allow_incomplete and not is_complete(self.path):
             raise FormatError(
-                f"{self.path}: incomplete: no {MANIFEST_NAME}, or files it lists are missing or of another size; repeat "
-                "the command that wrote it, or copy it again"
+                f"{self.path}: incomplete: no {MANIFEST_NAME}, or files it lists are missing or of another size; "
+                "repeat the command that wrote it, or copy it again"
             )
         self._specs = self.quantization.specs(config_path)
         self.dtype = _dtype(self.config, config_path)

@@ -156,7 +156,9 @@ class SafetensorsFile:
         if begin > end:
             raise self._bad(f"tensor {name!r}: inverted range {begin}..{end}")
         if end - begin != nbytes:
-            raise self._bad(f"tensor {name!r}: {entry.dtype} {entry.shape} takes {nbytes} bytes, its range {end - begin}")
+            raise self._bad(
+                f"tensor {name!r}: {entry.dtype} {entry.shape} takes {nbytes} bytes, its range {end - begin}"
+            )
         if len(self.header) + end > self.size:
             raise self._bad(f"truncated: tensor {name!r} ends at byte {len(self.header) + end} of {self.size}")
         if math.prod(n for n in entry.shape if n) >= 2**62:  # an empty tensor whose strides would overflow
@@ -168,8 +170,8 @@ class SafetensorsFile:
 
 
 def read_exactly(path: Path, offset: int, into: Tensor, what: str) -> None:
-    """Fill `into` (uint8, flat, contiguous) from byte `offset` of the file. FormatError naming `what` if it ends early."""
-    view = memoryview(into.numpy())
+    """Fill `into` (uint8, flat) from byte `offset` of the file. FormatError naming `what` where it ends early."""
+    view = into.numpy().data
     try:
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -178,7 +178,7 @@ class ShardWriter:
                 f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, planned {slot.dtype} {list(slot.shape)}"
             )
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        view = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        view = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
         done = 0
         try:
             while done < len(view):
@@ -193,9 +193,12 @@ class ShardWriter:
             raise RuntimeError(f"tensor {name!r} is not written yet")
         slot = self.plan.slots[name]
         flat = torch.empty(slot.nbytes, dtype=torch.uint8)
-        view, done = memoryview(flat.numpy()), 0
+        view, done = flat.numpy().data, 0
         while done < len(view):
-            done += os.preadv(self._handles[slot.shard], [view[done:]], slot.offset + done)
+            n = os.preadv(self._handles[slot.shard], [view[done:]], slot.offset + done)
+            if n == 0:
+                raise FormatError(f"{self.directory}: truncated while reading {name!r}; it was changed during the run")
+            done += n
         return flat.view(slot.dtype).view(slot.shape)
 
     def sync(self) -> None:

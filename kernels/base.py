@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Packed:
     scheme: Scheme
     shape: tuple[int, int]
     tensors: dict[str, Tensor]
+    handle: Any = None
+    """What a kernel keeps with the tensors to find them faster, such as their addresses. Never copied or stored."""
 
     def expert(self, index: int) -> Packed:
         """One expert of a stack; its tensors are views."""

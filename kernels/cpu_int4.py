@@ -6,7 +6,7 @@ weight is decoded row block by row block, exactly, and multiplied in float32.
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from .rows import row_blocks
 
 BLOCK_ROWS, TILE_COLUMNS = 16, 32
 MOST_TOKENS = 32
-"""Integers are faster at any count on a CPU with VNNI (2.4 times at 64 tokens, one thread); above this it is a prefill or an
-evaluation, which gets exact products."""
+"""Integers are faster at any count with AVX-512 VNNI (2.4 times at 64 tokens, one thread); above this it is a prefill
+or an evaluation, which gets exact products."""
 WIDE_BLOCK_ELEMENTS = 1 << 19
 
 
@@ -82,9 +82,7 @@ class CpuInt4Kernel:
         if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
             bias = bias.to(x.dtype).contiguous()
         y = x.new_empty(x.shape[0], packed.shape[0])
-        native, weight = self._native(packed)
-        native.int4_linear(
-            *weight,
+        self._layer(packed).linear(
             x.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
@@ -112,21 +110,23 @@ class CpuInt4Kernel:
         return out
 
     def _decode(self, packed: Packed, index: Tensor, out: Tensor) -> None:
-        native, weight = self._native(packed)
-        native.int4_rows(*weight, index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
+        self._layer(packed).rows(index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
 
     def _resolve_isa(self) -> int:
         if self._isa_index is None:
             self._isa_index = isa_index(self._isa or chosen_isa())
         return self._isa_index
 
-    def _native(self, packed: Packed) -> tuple[ModuleType, tuple[int, ...]]:
-        """(the module, the arguments that describe the weight)"""
-        isa = self._resolve_isa()
-        t, scheme = packed.tensors, packed.scheme
-        zero = t["zero_point"].data_ptr() if "zero_point" in t else 0
-        weight = (t["codes"].data_ptr(), t["scale"].data_ptr(), zero, *packed.shape, scheme.group_size)  # type: ignore
-        return cpu_module(), (isa, *weight)
+    def _layer(self, packed: Packed) -> Any:
+        """The native module's Int4Layer: addresses of the tensors that `packed` keeps alive."""
+        layer = packed.handle
+        if layer is None:
+            t, scheme = packed.tensors, _int_scheme(packed.scheme)
+            zero = t["zero_point"].data_ptr() if "zero_point" in t else 0
+            addresses = (t["codes"].data_ptr(), t["scale"].data_ptr(), zero)
+            layer = cpu_module().Int4Layer(self._resolve_isa(), *addresses, *packed.shape, scheme.group_size)
+            packed.handle = layer
+        return layer
 
 
 def _int_scheme(scheme: Scheme) -> IntScheme:

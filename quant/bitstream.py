@@ -9,7 +9,6 @@ A row takes ceil(n*b/8) bytes; the bits left over in its last byte are zero.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

@@ -8,7 +8,7 @@ try a ladder of scales, then finer steps around the best, then the least-squares
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def least_error_scale(
     rows = chunk_rows(w)
     out = [
         _search(chunk, level, [(s[i], z[i]) for s, z in starts], importance, zero_top, ladder)
-        for chunk, i in zip(w.split(rows), torch.arange(w.shape[0], device=w.device).split(rows))
+        for chunk, i in zip(w.split(rows), torch.arange(w.shape[0], device=w.device).split(rows), strict=True)
     ]
     return torch.cat([scale for scale, _ in out]), torch.cat([zero for _, zero in out])
 

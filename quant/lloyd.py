@@ -6,7 +6,7 @@ between two levels, and a level is the mean of what falls to it.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ _SORT = 1 << 21
 """Numbers sorted at a time: bounds the memory, 16 MiB an array in float64."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def lloyd_max(entries: int) -> tuple[float, ...]:
     """The `entries` levels of least squared error for N(0, 1), ascending, to about 1e-11.
 
@@ -53,7 +53,9 @@ def kmeans_1d(values: Tensor, weights: Tensor, entries: int) -> Tensor:
     """
     weights = weights.expand(values.shape)
     rows = max(1, _SORT // values.shape[1])
-    parts = [_kmeans(v.double(), w.double(), entries) for v, w in zip(values.split(rows), weights.split(rows))]
+    parts = [
+        _kmeans(v.double(), w.double(), entries) for v, w in zip(values.split(rows), weights.split(rows), strict=True)
+    ]
     return torch.cat(parts).float()
 
 

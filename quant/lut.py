@@ -115,6 +115,13 @@ def nf4() -> tuple[float, ...]:
     return tuple(v / above[0] for v in sorted([*below, 0.0, *above]))
 
 
+def _fixed_levels(scheme: LutScheme) -> tuple[float, ...]:
+    """The levels that the scheme alone decides; none for k-means."""
+    if scheme.table == "nf4":
+        return nf4()
+    return lloyd_max(scheme.entries) if scheme.table == "lloyd" else scheme.values
+
+
 class LutGrid:
     """The table [tables, entries] (one, or one a row) and scales [out, groups] of one matrix; all fp16 values."""
 
@@ -123,12 +130,10 @@ class LutGrid:
         self.group_size = scheme.group_size
         self.group = group_of_column(shape[1], self.group_size, device)
         self.scale = torch.ones(shape[0], group_count(shape[1], self.group_size), dtype=torch.float32, device=device)
-        fixed = {"nf4": nf4, "lloyd": lambda: lloyd_max(scheme.entries), "values": lambda: scheme.values}
-        if scheme.table in fixed:
-            levels = torch.tensor(fixed[scheme.table](), dtype=torch.float64, device=device)
-            self._set_table(levels[None])
-        else:
-            self.table: Tensor | None = None
+        self.table: Tensor | None = None  # k-means: comes from `fit`
+        fixed = _fixed_levels(scheme)
+        if fixed:
+            self._set_table(torch.tensor(fixed, dtype=torch.float64, device=device)[None])
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> None:
         if self.scheme.table == "kmeans":
@@ -207,7 +212,8 @@ class LutGrid:
         if len(table) == 1:
             return self._search(w, table, importance)
         rows = chunk_rows(w)  # each chunk has the tables of its own rows
-        return torch.cat([self._search(c, t, importance) for c, t in zip(w.split(rows), table.split(rows))])
+        chunks = zip(w.split(rows), table.split(rows), strict=True)
+        return torch.cat([self._search(c, t, importance) for c, t in chunks])
 
     def _search(self, w: Tensor, table: Tensor, importance: Tensor | None) -> Tensor:
         low, high = table[:, :1], table[:, -1:]

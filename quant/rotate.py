@@ -9,7 +9,7 @@ from the seed and the width alone, so layers that share an input share the rotat
 from __future__ import annotations
 
 import math
-from typing import Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch

@@ -7,7 +7,7 @@ A column whose input is large is stored with a larger weight, hence with a small
 
 from __future__ import annotations
 
-from typing import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def rounding_of(scheme: Scheme, seed: int = 0) -> Rounding:
         grid = codec.grid(scheme, (w.shape[0], w.shape[1]), w.device)
         grid.fit(w, None if after else energy)  # a rotation leaves about the same energy in every column
         values = grid.nearest(w, torch.arange(w.shape[1], device=w.device))[1]
-        for transform, fields in zip(reversed(after), reversed(chosen)):
+        for transform, fields in zip(reversed(after), reversed(chosen), strict=True):
             values = transform.undo_weight(values, fields)
         return values
 

@@ -6,7 +6,8 @@ computes T x. A transform is a module of this folder with a `TRANSFORM`, found b
 
 from __future__ import annotations
 
-from typing import Mapping, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor

@@ -41,6 +41,9 @@ def run(
     embed_bits: Annotated[int | None, typer.Option(help="Bits of embeddings; 16 keeps them.", show_default="8")] = None,
     seed: Annotated[int, typer.Option(help="Of random signs and self-written text.")] = 0,
     work: Annotated[Path | None, typer.Option(help="Folder of an unfinished run's state.", show_default="in OUT")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="Folder of reusable statistics of the original model; collected if new.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and print the sizes; write nothing.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: what calibration computes in.")] = "float32",
@@ -75,7 +78,7 @@ def run(
     )
     calibration = Calibration(calib, calib_tokens, seq_len, seed)
     compilation = prepare_compilation(
-        model, out, plan, calibration=calibration, dtype=dtype, max_shard_bytes=shard, work=work
+        model, out, plan, calibration=calibration, dtype=dtype, max_shard_bytes=shard, work=work, stats=stats
     )
     if dry_run:
         print_sizes(compilation, json_output)

@@ -25,8 +25,19 @@ Isa isa_from_index(int index) {
     return static_cast<Isa>(index);
 }
 
-Int4Weight int4_weight(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t out, int64_t in, int64_t group_size) {
-    return {at<const uint8_t>(codes), at<const uint16_t>(scale), at<const uint8_t>(zero), out, in, group_size};
+// A packed weight with its instruction set: made once a layer, so that a call passes six numbers and not a dozen.
+struct Int4Layer {
+    Isa isa;
+    Int4Weight weight;
+};
+
+Int4Layer int4_layer(int isa, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t out, int64_t in,
+                     int64_t group_size) {
+    const Int4Layer layer{
+        isa_from_index(isa),
+        {at<const uint8_t>(codes), at<const uint16_t>(scale), at<const uint8_t>(zero), out, in, group_size}};
+    int4_check(layer.isa, layer.weight);
+    return layer;
 }
 
 } // namespace
@@ -45,27 +56,20 @@ PYBIND11_MODULE(_cpu, m) {
         use_openmp_runtime(at<void>(parallel), at<void>(number), at<void>(count));
     });
     m.def("has_openmp_runtime", &has_openmp_runtime);
-    m.def(
-        "int4_linear",
-        [](int isa, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t out, int64_t in, int64_t group_size,
-           uintptr_t x, uintptr_t bias, uintptr_t y, int dtype, int64_t tokens, int threads) {
-            if (dtype < 0 || dtype > 2)
-                throw std::invalid_argument("no dtype " + std::to_string(dtype));
+    py::class_<Int4Layer>(m, "Int4Layer", "A packed weight by the addresses of its tensors, which it does not own.")
+        .def(py::init(&int4_layer), py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("zero"), py::arg("out"),
+             py::arg("in_features"), py::arg("group_size"))
+        .def("linear",
+             [](const Int4Layer& layer, uintptr_t x, uintptr_t bias, uintptr_t y, int dtype, int64_t tokens,
+                int threads) {
+                 if (dtype < 0 || dtype > 2)
+                     throw std::invalid_argument("no dtype " + std::to_string(dtype));
+                 const py::gil_scoped_release unlocked;
+                 int4_linear(layer.isa, layer.weight, at<const void>(x), at<const void>(bias), at<void>(y),
+                             static_cast<Dtype>(dtype), tokens, threads);
+             })
+        .def("rows", [](const Int4Layer& layer, uintptr_t index, int64_t n, uintptr_t rows, int threads) {
             const py::gil_scoped_release unlocked;
-            int4_linear(isa_from_index(isa), int4_weight(codes, scale, zero, out, in, group_size), at<const void>(x),
-                        at<const void>(bias), at<void>(y), static_cast<Dtype>(dtype), tokens, threads);
-        },
-        py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("zero"), py::arg("out"), py::arg("in_"),
-        py::arg("group_size"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("dtype"), py::arg("tokens"),
-        py::arg("threads"));
-    m.def(
-        "int4_rows",
-        [](int isa, uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t out, int64_t in, int64_t group_size,
-           uintptr_t index, int64_t n, uintptr_t rows, int threads) {
-            const py::gil_scoped_release unlocked;
-            int4_rows(isa_from_index(isa), int4_weight(codes, scale, zero, out, in, group_size),
-                      at<const int64_t>(index), n, at<float>(rows), threads);
-        },
-        py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("zero"), py::arg("out"), py::arg("in_"),
-        py::arg("group_size"), py::arg("index"), py::arg("n"), py::arg("rows"), py::arg("threads"));
+            int4_rows(layer.isa, layer.weight, at<const int64_t>(index), n, at<float>(rows), threads);
+        });
 }

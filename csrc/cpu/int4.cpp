@@ -13,8 +13,6 @@ namespace {
 constexpr int64_t bytes_per_thread = 64 << 10;
 
 const Int4Ops& ops(Isa isa) {
-    if (!isa_available(isa))
-        throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
 #if BITPALETTE_X86
     if (isa == Isa::avx512)
         return int4_avx512;
@@ -24,13 +22,6 @@ const Int4Ops& ops(Isa isa) {
     return int4_scalar;
 }
 
-void check(const Int4Weight& w) {
-    if (w.out < 1 || w.in < 1)
-        throw std::invalid_argument("int4: a weight [" + std::to_string(w.out) + ", " + std::to_string(w.in) + "]");
-    if (w.group_size < 0 || w.group_size % int4_tile_columns != 0)
-        throw std::invalid_argument("int4: group_size " + std::to_string(w.group_size) + " is no multiple of 32");
-}
-
 int useful_threads(int64_t bytes, int threads) {
     const int64_t useful = bytes / bytes_per_thread;
     return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
@@ -38,9 +29,17 @@ int useful_threads(int64_t bytes, int threads) {
 
 } // namespace
 
+void int4_check(Isa isa, const Int4Weight& w) {
+    if (!isa_available(isa))
+        throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
+    if (w.out < 1 || w.in < 1)
+        throw std::invalid_argument("int4: a weight [" + std::to_string(w.out) + ", " + std::to_string(w.in) + "]");
+    if (w.group_size < 0 || w.group_size % int4_tile_columns != 0)
+        throw std::invalid_argument("int4: group_size " + std::to_string(w.group_size) + " is no multiple of 32");
+}
+
 void int4_linear(Isa isa, const Int4Weight& w, const void* x, const void* bias, void* y, Dtype dtype, int64_t tokens,
                  int threads) {
-    check(w);
     const int64_t tiles = w.tiles();
     // kept by the thread between calls: a decode step makes hundreds of calls of a few sizes
     thread_local std::vector<int8_t> codes;
@@ -67,7 +66,6 @@ void int4_linear(Isa isa, const Int4Weight& w, const void* x, const void* bias, 
 }
 
 void int4_rows(Isa isa, const Int4Weight& w, const int64_t* index, int64_t n, float* out, int threads) {
-    check(w);
     for (int64_t i = 0; i < n; ++i)
         if (index[i] < 0 || index[i] >= w.out)
             throw std::invalid_argument("int4: row " + std::to_string(index[i]) + " of " + std::to_string(w.out));

@@ -67,7 +67,10 @@ extern const Int4Ops int4_avx2;
 extern const Int4Ops int4_avx512;
 #endif
 
-// y [tokens, out] = x [tokens, in] W^T + bias on up to `threads` threads. Throws std::invalid_argument.
+// Throws std::invalid_argument where the machine lacks the instruction set or the sizes make no sense.
+void int4_check(Isa isa, const Int4Weight& w);
+
+// y [tokens, out] = x [tokens, in] W^T + bias on up to `threads` threads. isa and w have passed int4_check.
 void int4_linear(Isa isa, const Int4Weight& w, const void* x, const void* bias, void* y, Dtype dtype, int64_t tokens,
                  int threads);
 

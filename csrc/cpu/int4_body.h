@@ -20,6 +20,10 @@ constexpr int tile_columns = int4_tile_columns;
 constexpr int tile_bytes = int4_tile_bytes;
 constexpr int steps = 4; // of 8 columns, 64 bytes
 
+// The hardware's own prefetcher stops at each 4 KiB page; asking this far ahead took weights from memory at 10.5
+// instead of 8 GB/s on one core of a Sapphire Rapids (512 bytes: no gain; 2 and 4 KiB: the same).
+constexpr int prefetch_bytes = 1024;
+
 inline float from_bf16(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;
@@ -137,6 +141,7 @@ void block_linear(const Int4Weight& w, const Int8Input& x, int64_t block, int64_
             for (int m = 0; m < M; ++m)
                 dot[m] = V::start(V::times(zero, x.negative_sum[(token + m) * tiles + tile]));
             for (int step = 0; step < steps; ++step) {
+                __builtin_prefetch(codes + step * 64 + prefetch_bytes); // past the end is harmless
                 const typename V::Codes both = V::load_codes(codes + step * 64);
                 const typename V::Codes low = V::low(both), high = V::high(both);
                 for (int m = 0; m < M; ++m) {

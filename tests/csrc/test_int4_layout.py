@@ -76,11 +76,13 @@ def test_native_calls_refuse_what_makes_no_sense() -> None:
     cpu, t = native.cpu_module(), torch.zeros(4096, dtype=torch.uint8)
     a = t.data_ptr()
     with pytest.raises(ValueError, match="group_size 48 is no multiple of 32"):
-        cpu.int4_linear(0, a, a, 0, 16, 96, 48, a, 0, a, 0, 1, 1)
-    with pytest.raises(ValueError, match="no dtype 7"):
-        cpu.int4_linear(0, a, a, 0, 16, 32, 0, a, 0, a, 7, 1, 1)
+        cpu.Int4Layer(0, a, a, 0, 16, 96, 48)
     with pytest.raises(ValueError, match="no instruction set 9"):
-        cpu.int4_linear(9, a, a, 0, 16, 32, 0, a, 0, a, 0, 1, 1)
+        cpu.Int4Layer(9, a, a, 0, 16, 32, 0)
+    with pytest.raises(ValueError, match=r"a weight \[0, 32\]"):
+        cpu.Int4Layer(0, a, a, 0, 0, 32, 0)
+    with pytest.raises(ValueError, match="no dtype 7"):
+        cpu.Int4Layer(0, a, a, 0, 16, 32, 0).linear(a, 0, a, 7, 1, 1)
     packed = CpuInt4Kernel().prepare(weight(19, 70, 32))
     for row in (-1, 19):
         with pytest.raises(ValueError, match=f"row {row} of 19"):

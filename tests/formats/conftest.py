@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from bitpalette.formats.manifest import write_manifest
 from bitpalette.formats.native import NativeConfig, build_entries, stored_fields
 from bitpalette.formats.shards import ShardWriter, plan_shards
 from bitpalette.quant.scheme import Scheme
 from bitpalette.quant.solver import quantize_tensor
 from bitpalette.quant.tensor import QuantizedTensor, stack
-from safetensors.torch import save_file
-from torch import Tensor
 
 
 def quantize(w: Tensor, scheme: Scheme) -> QuantizedTensor:
@@ -66,7 +67,8 @@ def make_native(tmp_path: Path, weights: dict[str, Tensor]) -> Callable[..., Pat
         plan = plan_shards(build_entries([(n, w.shape, w.dtype) for n, w in weights.items()], config), max_shard_bytes)
         with ShardWriter(path, plan) as writer:
             for name, w in weights.items():
-                for stored, tensor in (stored_fields(name, quantized[name]) if name in quantized else {name: w}).items():
+                fields = stored_fields(name, quantized[name]) if name in quantized else {name: w}
+                for stored, tensor in fields.items():
                     writer.write(stored, tensor)
             writer.finish()
         values = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": config.to_dict()}
@@ -77,4 +79,3 @@ def make_native(tmp_path: Path, weights: dict[str, Tensor]) -> Callable[..., Pat
         return path
 
     return make
-

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from bitpalette.formats.base import Source, formats, open_source
 from bitpalette.formats.directory import DirectorySource
 from bitpalette.formats.errors import FormatError
 from bitpalette.formats.shards import INDEX_NAME, ShardWriter, plan_shards
-from safetensors.torch import save_file
-from torch import Tensor
 
 
 @pytest.fixture
@@ -53,7 +54,12 @@ def test_sidecar_carries_what_is_not_weights(plain: Path, tmp_path: Path) -> Non
     (plain / "original" / "params.json").write_text("{}")
     (plain / "model.safetensors.partial").write_bytes(b"")
     source = open_source(plain)
-    expected = ["additional_chat_templates/tool.jinja", "chat_template.jinja", "generation_config.json", "tokenizer.json"]
+    expected = [
+        "additional_chat_templates/tool.jinja",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+    ]
     out = tmp_path / "out"
     assert source.write_sidecar(out) == expected
     files = {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -77,7 +83,9 @@ def test_a_shard_may_hold_more_than_the_index_says(sharded: Path, weights: dict[
     del index["weight_map"]["model.norm.weight"]  # its shard has other tensors: transformers loads the whole shard
     (sharded / INDEX_NAME).write_text(json.dumps(index))
     shard = index["weight_map"]["model.layers.0.mlp.experts.gate_up_proj"]
-    save_file({n: weights[n] for n in ("model.layers.0.mlp.experts.gate_up_proj", "model.norm.weight")}, sharded / shard)
+    save_file(
+        {n: weights[n] for n in ("model.layers.0.mlp.experts.gate_up_proj", "model.norm.weight")}, sharded / shard
+    )
     assert torch.equal(open_source(sharded).read("model.norm.weight"), weights["model.norm.weight"])
 
 
@@ -119,7 +127,7 @@ def test_quantized_by_others(plain: Path, method: str) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "\0", '{"a": 1', "[" * 100_000])
 def test_broken_config(plain: Path, text: str) -> None:
     (plain / "config.json").write_text(text)
-    with pytest.raises(FormatError, match="config.json"):
+    with pytest.raises(FormatError, match=r"config.json"):
         open_source(plain)
 
 
@@ -147,5 +155,5 @@ def test_no_such_model(tmp_path: Path) -> None:
 def test_a_corrupt_file_inside_is_named(plain: Path) -> None:
     data = (plain / "model.safetensors").read_bytes()
     (plain / "model.safetensors").write_bytes(data[:-5])
-    with pytest.raises(FormatError, match="model.safetensors: .*truncated"):
+    with pytest.raises(FormatError, match=r"model.safetensors: .*truncated"):
         DirectorySource(plain)

@@ -10,14 +10,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from bitpalette.formats.base import Source, open_source
 from bitpalette.formats.errors import FormatError
 from bitpalette.formats.gguf import GgufSource
 from bitpalette.formats.gguf_header import read_header
 from bitpalette.formats.gguf_mapping import map_header
-from gguf import GGMLQuantizationType, GGUFWriter
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 HIDDEN, HEADS, KV_HEADS, FFN, VOCAB, EXPERTS = 64, 4, 2, 96, 40, 3
 Q8_0, Q4_1, F16, F32 = (GGMLQuantizationType[n] for n in ("Q8_0", "Q4_1", "F16", "F32"))
@@ -83,7 +84,12 @@ PHI3 = {
 }
 GEMMA2_NORMS = {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}
 
-GPT2_KEYS = {"context_length": 1024, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+GPT2_KEYS = {
+    "context_length": 1024,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.tokens": [f"t{n}" for n in range(VOCAB)],  # where transformers takes the vocabulary's size from
+}
 
 Shapes = dict[str, tuple[int, ...]]
 ARCHITECTURES: dict[str, tuple[Shapes, Shapes, dict[str, Any]]] = {
@@ -104,6 +110,7 @@ def write(
     qtype: GGMLQuantizationType = F32,
     drop: tuple[str, ...] = (),
     extra: Shapes | None = None,
+    values: dict[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
     """A tiny random GGUF of one architecture; matrices are stored as `qtype`."""
@@ -116,13 +123,15 @@ def write(
             writer.add_float32(full, value)
         elif isinstance(value, str):
             writer.add_string(full, value)
+        elif isinstance(value, list):
+            writer.add_array(full, value)
         elif value is not None:
             writer.add_uint32(full, value)
     random = np.random.default_rng(5)
     for name, shape in (shapes | (extra or {})).items():
         if name in drop:
             continue
-        w = random.standard_normal(shape, dtype=np.float32)
+        w = (values or {}).get(name, random.standard_normal(shape, dtype=np.float32))
         kind = qtype if len(shape) > 1 else F32
         writer.add_tensor(name, gguf.quants.quantize(w, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -164,6 +173,30 @@ def test_sizes_that_transformers_does_not_read(tmp_path: Path, monkeypatch: pyte
     source = open_source(write(tmp_path / "m.gguf", "qwen3moe", **keys))
     assert source.config["moe_intermediate_size"] == 32 and source.config["head_dim"] == 32
     assert tuple(source.read("model.layers.1.mlp.experts.gate_up_proj").shape) == (EXPERTS, 64, HIDDEN)
+
+
+def test_llama3_rotary_scaling_is_recovered(tmp_path: Path) -> None:
+    """The rule found gives the frequencies that llama.cpp divides by the file's factors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    theta, n = 500000.0, HIDDEN // HEADS // 2
+    factors = np.ones(n, np.float32)
+    for i in range(n):  # the rule as Llama 3.1's model code states it, frequency by frequency
+        wavelength = 2 * np.pi * theta ** (i / n)
+        if wavelength > 8192:
+            factors[i] = 8
+        elif wavelength > 2048:
+            smooth = (8192 / wavelength - 1) / 3
+            factors[i] = 1 / ((1 - smooth) / 8 + smooth)
+    assert 1 < sorted(set(factors.tolist()))[1] < 8
+    keys: dict[str, Any] = {"extra": {"rope_freqs.weight": (n,)}, "rope.freq_base": theta}
+    source = open_source(write(tmp_path / "m.gguf", values={"rope_freqs.weight": factors}, **keys))
+    assert source.config["rope_parameters"]["rope_type"] == "llama3" and "rope_freqs.weight" not in source.tensors
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source.config))
+    expected = torch.from_numpy(theta ** (-np.arange(n) / n) / factors).float()
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
+    plain = open_source(write(tmp_path / "p.gguf", values={"rope_freqs.weight": np.ones(n, np.float32)}, **keys))
+    assert plain.config["rope_parameters"] == {"rope_type": "default", "rope_theta": theta}
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
@@ -227,7 +260,8 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
         ({"vocab_size": 41}, "'token_embd.weight' has 2560 weights, its metadata needs .41, 64."),
         ({"drop": ("blk.1.ffn_up.weight",)}, "holds nothing for 'model.layers.1.mlp.up_proj.weight'"),
         ({"extra": {"blk.0.mystery.weight": (8, 8)}}, "'blk.0.mystery.weight' .* has no counterpart"),
-        ({"extra": {"rope_freqs.weight": (8,)}}, "'rope_freqs.weight' scales the rotary frequencies"),
+        ({"extra": {"rope_freqs.weight": (8,)}}, "rotary frequencies are scaled .rope_freqs.weight. in a way"),
+        ({"extra": {"rope_factors_long.weight": (8,)}}, "'rope_factors_long.weight' .* has no counterpart"),
     ],
 )
 def test_what_cannot_be_mapped_is_one_line(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -314,12 +348,14 @@ def test_any_corruption_is_a_format_error_or_reads(
         content[at] = value
     path = tmp_path / "fuzz.gguf"
     path.write_bytes(content[: len(content) if keep > 0.2 else int(5 * keep * len(content))])
+    said = ""
     try:
         source = GgufSource(path)
         for name, info in list(source.tensors.items())[:4]:
             assert tuple(source.read(name).shape) == info.shape
     except FormatError as error:
-        assert "\n" not in str(error)
+        said = str(error)
+    assert "\n" not in said
 
 
 @pytest.fixture(scope="module")
@@ -351,3 +387,15 @@ def test_a_real_models_tokenizer_and_generation_config(smollm2: Path, tmp_path: 
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert "<|im_start|>user\nHi<|im_end|>" in prompt
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.mark.slow
+def test_a_real_models_weights_agree_with_transformers(smollm2: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = GgufSource(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name, dtype=torch.float32)
+    reference = model.state_dict()
+    assert set(reference) - set(source.tensors) == {"lm_head.weight"}
+    for name in source.tensors:
+        assert torch.equal(source.read(name), reference[name].bfloat16()), name

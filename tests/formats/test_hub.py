@@ -4,9 +4,10 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
 from bitpalette.formats.base import open_source
 from bitpalette.formats.errors import FormatError
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 
 def test_a_fetched_model_opens_as_a_directory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +27,7 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exceptio
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(FormatError, match="'org/name' is no path here.*no hub could be reached") as caught:
+    with pytest.raises(FormatError, match=r"'org/name' is no path here.*no hub could be reached") as caught:
         open_source("org/name")
     assert "\n" not in str(caught.value)
 

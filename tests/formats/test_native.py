@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from bitpalette.formats.base import Source, open_source
 from bitpalette.formats.errors import FormatError
 from bitpalette.formats.manifest import is_complete, write_manifest
@@ -22,8 +25,6 @@ from bitpalette.formats.native import (
 from bitpalette.quant.codec import codec_names, get_codec
 from bitpalette.quant.scheme import Scheme
 from bitpalette.quant.tensor import QuantizedTensor
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
@@ -80,7 +81,7 @@ def test_is_a_source(make_native: Callable[..., Path], tmp_path: Path) -> None:
 def test_without_manifest_it_is_incomplete(make_native: Callable[..., Path]) -> None:
     path = make_native(manifest=False)
     assert not is_complete(path)
-    with pytest.raises(FormatError, match="incomplete: no manifest.json"):
+    with pytest.raises(FormatError, match=r"incomplete: no manifest.json"):
         open_source(path)
     write_manifest(path)
     assert is_complete(path) and open_native(path).quantized_names
@@ -88,8 +89,10 @@ def test_without_manifest_it_is_incomplete(make_native: Callable[..., Path]) -> 
 
 def test_a_newer_format_is_refused_whatever_else_it_holds(make_native: Callable[..., Path]) -> None:
     path = make_native()
-    edit_config(path, lambda q: (q.clear(), q.update(quant_method="bitpalette", format_version=FORMAT_VERSION + 1, x=1)))
-    with pytest.raises(FormatError, match="newer bitpalette .format 2, this one reads up to 1.; upgrade"):
+    edit_config(
+        path, lambda q: (q.clear(), q.update(quant_method="bitpalette", format_version=FORMAT_VERSION + 1, x=1))
+    )
+    with pytest.raises(FormatError, match=r"newer bitpalette .format 2, this one reads up to 1.; upgrade"):
         open_native(path)
 
 
@@ -99,7 +102,10 @@ def test_a_newer_format_is_refused_whatever_else_it_holds(make_native: Callable[
         (lambda q: q["schemes"][0].update(codec="nope"), "unknown codec 'nope'"),
         (lambda q: q["schemes"][0].update(bits=99), "bits"),
         (lambda q: q["schemes"][0].update(colour=1), "no parameter 'colour'"),
-        (lambda q: q["schemes"][0].update(bits=3), f"'{Q}' is torch.uint8 .288.; int bits=3 .* needs torch.uint8 .216."),
+        (
+            lambda q: q["schemes"][0].update(bits=3),
+            f"'{Q}' is torch.uint8 .288.; int bits=3 .* needs torch.uint8 .216.",
+        ),
         (lambda q: q["schemes"][0].update(symmetric=False), f"'{Q}_zero_point' .* is missing"),
         (lambda q: q["tensors"][Q].update(scheme=5), "scheme 5 of 1"),
         (lambda q: q["tensors"][Q].update(scheme=-1), "scheme"),
@@ -114,7 +120,9 @@ def test_a_newer_format_is_refused_whatever_else_it_holds(make_native: Callable[
         (lambda q: q.update(surprise=1), "surprise"),
     ],
 )
-def test_a_config_that_lies(make_native: Callable[..., Path], edit: Callable[[dict[str, Any]], object], says: str) -> None:
+def test_a_config_that_lies(
+    make_native: Callable[..., Path], edit: Callable[[dict[str, Any]], object], says: str
+) -> None:
     path = make_native()
     edit_config(path, edit)
     with pytest.raises(FormatError, match=says) as error:
@@ -140,7 +148,9 @@ def test_not_native(plain: Path) -> None:
 def test_config_stores_each_scheme_once() -> None:
     other = Scheme.from_dict({"codec": "int", "bits": 2})
     config = NativeConfig.build(
-        {"a": (INT4, (8, 16)), "b": (other, (2, 8, 16)), "c": (INT4, (8, 8))}, bitpalette_version="1.2", produced_by={"x": 1}
+        {"a": (INT4, (8, 16)), "b": (other, (2, 8, 16)), "c": (INT4, (8, 8))},
+        bitpalette_version="1.2",
+        produced_by={"x": 1},
     )
     values = json.loads(json.dumps(config.to_dict()))
     assert values["quant_method"] == "bitpalette" and values["format_version"] == FORMAT_VERSION

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitpalette.formats.errors import FormatError
-from bitpalette.formats.safetensors_file import SafetensorsFile
-from bitpalette.formats.shards import INDEX_NAME, ShardPlan, ShardWriter, plan_shards
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from bitpalette.formats.errors import FormatError
+from bitpalette.formats.safetensors_file import SafetensorsFile
+from bitpalette.formats.shards import INDEX_NAME, ShardPlan, ShardWriter, plan_shards
 
 TENSORS: dict[str, Tensor] = {
     "codes": torch.arange(7, dtype=torch.uint8),

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from bitpalette.formats.errors import FormatError
 from bitpalette.formats.manifest import MANIFEST_NAME, hash_file, is_complete, read_manifest, write_manifest
 from bitpalette.formats.safetensors_file import SafetensorsFile
 from bitpalette.formats.verify import verify
-from safetensors.torch import load_file, save_file
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
@@ -77,12 +78,14 @@ def test_the_manifest_refuses_unfinished_files(make_native: Callable[..., Path])
     assert not is_complete(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"version": 1}', '{"version": 1, "files": {"../x": {"size": 1, "sha256": ""}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"version": 1}', '{"version": 1, "files": {"../x": {"size": 1, "sha256": ""}}}']
+)
 def test_a_broken_manifest(make_native: Callable[..., Path], text: str) -> None:
     path = make_native()
     (path / MANIFEST_NAME).write_text(text)
     assert not is_complete(path)
-    with pytest.raises(FormatError, match="manifest.json"):
+    with pytest.raises(FormatError, match=r"manifest.json"):
         read_manifest(path)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bitpalette.quant.bitstream import pack_bits, row_bytes, unpack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bitpalette.quant.bitstream import pack_bits, row_bytes, unpack_bits
 
 # ten codes 1, 2, 3, .. modulo 2^bits, least significant bit first
 GOLDEN = {
@@ -38,7 +39,7 @@ def test_unpack_inverts_pack(bits: int, rows: int, n: int, random) -> None:
     assert packed.shape == (rows, row_bytes(n, bits)) and packed.dtype == torch.uint8
     assert packed.is_contiguous()
     assert torch.equal(unpack_bits(packed, n, bits), codes)
-    for row, stream in zip(codes.tolist(), packed.tolist()):
+    for row, stream in zip(codes.tolist(), packed.tolist(), strict=True):
         assert sum(c << (i * bits) for i, c in enumerate(row)) == int.from_bytes(bytes(stream), "little")
 
 

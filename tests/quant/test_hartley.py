@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-import bitpalette.quant.hartley as hartley
 import pytest
 import torch
+
+import bitpalette.quant.hartley as hartley
 from bitpalette.quant.hartley import hartley_hadamard, odd_part
 from bitpalette.quant.rotate import _GAMMA, _mix, random_signs, sign_vector
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from bitpalette.quant.codec import get_codec, group_count, group_of_column
 from bitpalette.quant.int import IntScheme
 from bitpalette.quant.scheme import SchemeError
@@ -67,7 +68,7 @@ def theory(bits: int, symmetric: bool = True) -> float:
     return best
 
 
-@pytest.mark.parametrize("bits, published", [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154), (5, 0.003495)])
+@pytest.mark.parametrize(("bits", "published"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154), (5, 0.003495)])
 def test_error_of_long_rows_is_that_of_theory(bits: int, published: float, rng_weight) -> None:
     expected = theory(bits)
     assert published * 0.999 < expected < published * 1.27  # Max 1960, whose levels have no zero among them
@@ -124,7 +125,7 @@ def test_range_of_fp16_scales(rng_weight) -> None:
     w = rng_weight(4, 64)
     large = w / w.abs().max() * 5e5
     assert output_error(large, quantize_tensor(large, IntScheme(bits=4)).dequantize(), None) < 0.02
-    with pytest.raises(SchemeError, match="6e.05.*fp16"):
+    with pytest.raises(SchemeError, match=r"6e.05.*fp16"):
         quantize_tensor(large * 1.2, IntScheme(bits=4))
     small = w * 1e-3
     assert output_error(small, quantize_tensor(small, IntScheme(bits=4)).dequantize(), None) < 0.02
@@ -158,7 +159,7 @@ def test_stack_and_unstack(layout: dict, rng_weight) -> None:
     assert {k: (tuple(t.shape), t.dtype) for k, t in joined.fields.items()} == field_specs(scheme, joined.shape)
     assert joined.bits_per_weight == parts[0].bits_per_weight
     assert torch.equal(joined.dequantize(), torch.stack([p.dequantize() for p in parts]))
-    for part, again in zip(parts, unstack(joined)):
+    for part, again in zip(parts, unstack(joined), strict=True):
         assert again.shape == part.shape
         assert all(torch.equal(part.fields[k], again.fields[k]) for k in part.fields)
     with pytest.raises(SchemeError, match="stack"):

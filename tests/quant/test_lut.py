@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from bitpalette.quant.codec import get_codec
 from bitpalette.quant.lloyd import kmeans_1d, lloyd_max
 from bitpalette.quant.lut import LutScheme, nf4
@@ -43,7 +44,7 @@ def test_nf4_is_as_published() -> None:
         assert abs(levels[index] - value) < 3e-7
 
 
-@pytest.mark.parametrize("entries, published", [(4, 0.11748), (8, 0.03455), (16, 0.009501), (32, 0.002505)])
+@pytest.mark.parametrize(("entries", "published"), [(4, 0.11748), (8, 0.03455), (16, 0.009501), (32, 0.002505)])
 def test_lloyd_max_error_is_as_published(entries: int, published: float) -> None:
     levels = torch.tensor(lloyd_max(entries), dtype=torch.float64)
     x = torch.linspace(-9, 9, 200001, dtype=torch.float64)
@@ -78,7 +79,7 @@ def test_layout_and_error(shape: tuple[int, int], kind: dict, rng_weight) -> Non
     count = shape[0] * (-(-shape[1] * scheme.bits // 8) + 2 * groups) + 2 * tables * scheme.entries
     assert qt.bits_per_weight == 8 * count / w.numel()
     q = qt.dequantize()
-    assert mse(w, q) < (2.5 if not scheme.values else 8) * 4.0 ** -math.log2(scheme.entries) * float(w.square().mean())
+    assert mse(w, q) < (3 if not scheme.values else 8) * 4.0 ** -math.log2(scheme.entries) * float(w.square().mean())
     # every weight has the nearest level of its table
     table = qt.fields["table"].float().reshape(tables, 1, -1)
     scale = qt.fields["scale"].float() if scheme.scaled else torch.ones(shape[0], 1)
@@ -90,9 +91,8 @@ def test_layout_and_error(shape: tuple[int, int], kind: dict, rng_weight) -> Non
 def test_golden_bytes() -> None:
     values = (-2.0, -1.0, 0.0, 0.5, 4.0)
     scheme = LutScheme(table="values", entries=5, values=values)
-    w = torch.tensor(
-        [[-2.0, -1.0, 0.0, 0.5, 4.0, 4.0, -2.0, 0.5, 0.5], [2.0, 1.0, 0.0, -0.5, -4.0, -4.0, 2.0, -0.5, -0.5]]
-    )
+    row = torch.tensor([-2.0, -1.0, 0.0, 0.5, 4.0, 4.0, -2.0, 0.5, 0.5])
+    w = torch.stack([row, -row])
     qt = quantize_tensor(w / 2, scheme)
     assert qt.fields["scale"].tolist() == [[0.5], [-0.5]]  # the table is turned round for the second row
     codes = [0, 1, 2, 3, 4, 4, 0, 3, 3]
@@ -116,6 +116,8 @@ def test_errors_on_n01(rng_weight) -> None:
         mse(small, quantize_tensor(small, LutScheme(table=t, group_size=64)).dequantize()) for t in ("lloyd", "nf4")
     )
     assert lloyd < 0.0071 and normal < 0.0070
+    # a short row does not reach the outermost of 256 levels: its best scale is above the one that covers it
+    assert mse(small, quantize_tensor(small, LutScheme(entries=256)).dequantize()) < 5e-5
     scale = small.view(128, 9, 64).abs().amax(-1, keepdim=True)  # the convention of QLoRA
     levels = torch.tensor(nf4())
     absmax = levels[torch.bucketize(small.view(128, 9, 64) / scale, (levels[1:] + levels[:-1]) / 2)] * scale
@@ -185,5 +187,5 @@ def test_stack_and_unstack(scope: str, rng_weight) -> None:
     parts = [quantize_tensor(rng_weight(6, 77, seed=seed), scheme) for seed in range(3)]
     joined = stack(parts)
     assert torch.equal(joined.dequantize(), torch.stack([p.dequantize() for p in parts]))
-    for part, again in zip(parts, unstack(joined)):
+    for part, again in zip(parts, unstack(joined), strict=True):
         assert all(torch.equal(part.fields[k], again.fields[k]) for k in part.fields)

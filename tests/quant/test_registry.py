@@ -1,4 +1,4 @@
-"""Every registered codec with every transform and solver, on awkward shapes: a new one is tested the day it is added."""
+"""Every registered codec with every transform and solver, on awkward shapes: a new one is tested once it is there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from bitpalette.quant.codec import codec_names, get_codec
 from bitpalette.quant.registry import registered
 from bitpalette.quant.scheme import Scheme

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from bitpalette.quant.int import IntScheme
 from bitpalette.quant.rotate import random_signs
 from bitpalette.quant.scale import rounding_of, search_scale
