@@ -12,10 +12,16 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 for module in (run, evaluate, inspect, verify, generate, demo):
     module.register(app)
 
+UsageError = typer.BadParameter.__bases__[0]
+"""click's, or that of the copy of click that newer versions of typer carry: only its subclass is public."""
+
+INTERRUPTED = 130
+
 
 def main() -> int:
     """Entry point: exit code 0 only where all that was asked for was done."""
     from rich.console import Console
+    from rich.text import Text
 
     from .calibrate.plan import PlanError
     from .calibrate.text import CalibrationError
@@ -23,11 +29,16 @@ def main() -> int:
     from .quant.scheme import SchemeError
 
     try:
-        app()
+        code = app(standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "quantize"
+        message = f"{error.format_message()} (see {command} --help)"
     except (FormatError, PlanError, CalibrationError, SchemeError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {' '.join(str(error).split())}", highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+        message = str(error)
+    else:
+        if code == INTERRUPTED:
+            print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return int(code or 0)
+    line = Text.assemble(("error:", "red"), " ", " ".join(message.split()))
+    Console(stderr=True, soft_wrap=True).print(line)
+    return 2

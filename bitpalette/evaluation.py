@@ -14,9 +14,10 @@ import torch
 
 from .calibrate.evaluate import chunks_of, evaluate
 from .calibrate.skeleton import DTYPES
-from .calibrate.text import read_text
-from .calibrate.whole import load_model
+from .calibrate.text import check_length, read_text
+from .calibrate.whole import load_model, load_tokenizer
 from .formats.base import Source, open_source
+from .formats.errors import FormatError
 from .formats.native import NativeSource
 
 
@@ -31,8 +32,16 @@ def compare(
 ) -> dict[str, Any]:
     """The values of `quantize eval --json`. The reference is computed in float32. text None: `library_prose`."""
     source = open_source(checkpoint)
+    check_length(seq_len, source.config.get("max_position_embeddings", source.config.get("n_positions")), source.path)
     prose = library_prose() if text is None else read_text(text)
     reference_source = None if against is None else open_source(against)
+    if reference_source is not None:
+        sizes = [s.config.get("vocab_size") for s in (source, reference_source)]
+        if sizes[0] != sizes[1]:
+            raise FormatError(
+                f"{checkpoint} has a vocabulary of {sizes[0]} tokens, {against} one of {sizes[1]}; only models of one "
+                "vocabulary can be compared"
+            )
     tokens = chunks_of(load_tokenizer(source), prose, seq_len, chunks)
     model = load_any(source, DTYPES[dtype])
     reference = None if reference_source is None else load_any(reference_source, torch.float32)
@@ -59,26 +68,6 @@ def load_any(source: Source, dtype: torch.dtype) -> Any:
     return load_model(source, dtype)
 
 
-def load_tokenizer(source: Source) -> Any:
-    """The source's tokenizer, by way of a temporary folder for sources that are one file."""
-    import json
-    import tempfile
-
-    from transformers import AutoTokenizer
-
-    from .formats.errors import FormatError
-
-    with tempfile.TemporaryDirectory() as folder:
-        source.write_sidecar(Path(folder))
-        (Path(folder) / "config.json").write_text(
-            json.dumps({k: v for k, v in source.config.items() if k != "quantization_config"})
-        )
-        try:
-            return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise FormatError(f"{source.path}: no tokenizer can be made from its files: {error}") from error
-
-
 def rates(source: Source) -> dict[str, float]:
     """bits_per_weight over quantized weights (16 where there are none), file_bits_per_weight over the whole file."""
     weights = sum(math.prod(info.shape) for info in source.tensors.values())
@@ -86,19 +75,17 @@ def rates(source: Source) -> dict[str, float]:
         bits = 8 * source.size_bytes / max(weights, 1)
         return {"bits_per_weight": bits, "file_bits_per_weight": bits}
     from .quant.scheme import Scheme
-    from .quant.tensor import field_specs, stored_bytes
+    from .quant.tensor import stored_bytes
 
-    quantized, stored, fields = 0, 0, 0
+    quantized, stored = 0, 0
     for name, entry in source.quantization.tensors.items():
         scheme = Scheme.from_dict(source.quantization.schemes[entry.scheme])
         shape = tuple(entry.shape)
         quantized += math.prod(shape)
         stored += stored_bytes(scheme, shape)
-        fields += sum(math.prod(s) for s, _ in field_specs(scheme, shape).values())
-    everything = weights - fields + quantized
     return {
         "bits_per_weight": 8 * stored / quantized if quantized else 16.0,
-        "file_bits_per_weight": 8 * source.size_bytes / everything,
+        "file_bits_per_weight": 8 * source.size_bytes / weights,
     }
 
 

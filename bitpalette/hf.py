@@ -28,8 +28,10 @@ from .kernels.embedding import QuantEmbedding
 from .kernels.experts import QuantExperts, check_experts
 from .kernels.linear import QuantLinear
 from .kernels.module import QuantModule, offloads_buffers
+from .kernels.norm import RotatedNorm
 from .quant.scheme import Scheme
 from .quant.tensor import QuantizedTensor
+from .rotated import loaded_parameter, norms_of, plain_head, restore_norms, rotate_norms
 
 METHOD = "bitpalette"
 
@@ -81,6 +83,7 @@ class BitpaletteQuantizer(HfQuantizer):
             check_files(native, checkpoint_files)
             self._files_checked = True
         self.quantization_config = BitpaletteConfig.of(rename_for(model, native))
+        rotate_norms(model, self.quantization_config.native.rotated_norms)
         return replace_modules(model, self.quantization_config.native)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -186,7 +189,11 @@ def rename_for(model: Any, native: NativeConfig) -> NativeConfig:
                 f"config.json: quantized tensor {name!r} is no parameter of {type(model).__name__}; "
                 "the config and the model disagree: write the checkpoint again"
             )
-    return native.model_copy(update={"tensors": tensors})
+    norms = {}
+    for name, size in native.rotated_norms.items():
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        norms[next((candidate for candidate in candidates if candidate in parameters), name)] = size
+    return native.model_copy(update={"tensors": tensors, "rotated_norms": norms})
 
 
 def check_files(native: NativeConfig, files: Sequence[str]) -> None:
@@ -210,10 +217,14 @@ def check_files(native: NativeConfig, files: Sequence[str]) -> None:
 
 
 def dequantize_modules(model: Any, dtype: torch.dtype) -> Any:
-    """Put the architecture's own modules back, in place, with the dequantized weights in `dtype`; ties are restored."""
+    """Put the architecture's own modules back, in place, with the dequantized weights in `dtype`; ties are restored.
+
+    A head behind a RotatedNorm gets a weight of its own, into which the rotation and the norm's gain go.
+    """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     own_heads = [m for m in packed.values() if isinstance(m, QuantLinear) and m.tied_to is None]
-    if model.get_output_embeddings() in own_heads:
+    norms, own_weight = norms_of(model), plain_head(model)
+    if own_weight is not None or model.get_output_embeddings() in own_heads:
         model.config.tie_word_embeddings = False
     with torch.device("meta"):
         fresh = type(model)(model.config)
@@ -221,14 +232,15 @@ def dequantize_modules(model: Any, dtype: torch.dtype) -> Any:
         original = fresh.get_submodule(name)
         device = next(module.buffers(), next(module.parameters(), torch.empty(0))).device
         for leaf, tensor in _dense(module, original, dtype).items():
-            parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as transformers marks loaded weights
-            setattr(original, leaf, parameter)
+            setattr(original, leaf, loaded_parameter(tensor))
         if any(buffer.is_meta for buffer in original.buffers()):  # constants such as Gemma's embedding scale
             for leaf, buffer in list(original.named_buffers(recurse=False)):
                 setattr(original, leaf, torch.empty_like(buffer, device=device))
             model._init_weights(original)
         model.set_submodule(name, original.train(model.training))
+    restore_norms(model, norms, fresh, dtype)
+    if own_weight is not None:
+        model.get_output_embeddings().weight = loaded_parameter(own_weight.to(dtype))
     for name, part in fresh.named_modules():
         if isinstance(part, PreTrainedModel):
             mine = model.get_submodule(name)
@@ -385,7 +397,7 @@ def _check_loaded(model: nn.Module) -> None:
     """FormatError where a field was not loaded: transformers marks each tensor it takes from a state_dict."""
     for name, module in model.named_modules():
         for leaf, buffer in module.named_buffers(recurse=False):
-            if isinstance(module, QuantModule) and not getattr(buffer, "_is_hf_initialized", False):
+            if isinstance(module, QuantModule | RotatedNorm) and not getattr(buffer, "_is_hf_initialized", False):
                 raise FormatError(f"tensor {f'{name}.{leaf}'!r} is missing from the state_dict")
 
 

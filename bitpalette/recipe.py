@@ -53,19 +53,22 @@ def make_plan(
     keep: Sequence[str] = (),
     set_: Sequence[str] = (),
     seed: int = 0,
+    fold: bool = True,
 ) -> Plan:
     """The plan of `quantize run`. rotate None: with solvers that feed errors back, where it pays (KL on SmolLM2-135M
-    at 4 bits: gptq .24 -> .06, rtn no gain). bits 16 keeps every weight. Raises PlanError."""
+    at 4 bits: gptq .24 -> .06, rtn no gain). fold: into the weights beside, where that is exact, instead of while the
+    model runs. bits 16 keeps every weight. Raises PlanError."""
     for name, value in (("--bits", bits), ("--head-bits", head_bits), ("--embed-bits", embed_bits)):
         if value is not None and value != 16 and not 1 <= value <= 8:
             raise PlanError(f"{name} is 1 to 8, or 16 to keep the weights; got {value}")
+    scheme = scheme_for(codec, bits if bits != 16 else 4, group_size, asymmetric)
+    try:
+        plan_solver(scheme, solver)
+    except SchemeError as error:
+        raise PlanError(f"--solver: {error}") from None
     linear = None
     if bits != 16:
-        linear = scheme_for(codec, bits, group_size, asymmetric)
-        try:
-            plan_solver(linear, solver)
-        except SchemeError as error:
-            raise PlanError(f"--solver: {error}") from None
+        linear = scheme
         if rotate or (rotate is None and "gptq" in solver):
             linear = linear.replace(transforms=("rotate",))
     outer = DEFAULT_OUTER_BITS if bits != 16 else 16
@@ -78,4 +81,4 @@ def make_plan(
         if not separator or not pattern:
             raise PlanError(f"--set {text!r} is not PATTERN=SCHEME, such as 'down_proj=bits=8' or 'lm_head=int,bits=6'")
         rules.append(Rule(pattern, parse_scheme(value, linear)))
-    return Plan(linear, head, embedding, tuple(rules), solver, seed)
+    return Plan(linear, head, embedding, tuple(rules), solver, seed, fold)

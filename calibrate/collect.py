@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.stats import Stats
+from .plan import PlanError
 from .structure import Weight
 
 PANEL = 512
@@ -114,7 +115,7 @@ def _experts_hook(module_name: str, moments: dict[str, Moment | list[Moment]]) -
             total.index_add_(0, token, (nn.functional.linear(middle, module.down_proj[e]) * share).to(total.dtype))
         difference = float((total - output.reshape(total.shape)).norm())
         if not difference <= 0.02 * float(output.norm()) + 1e-6:
-            raise ValueError(
+            raise PlanError(
                 f"{module_name} ({type(module).__name__}) does not compute down(act(gate) * up): its experts' inputs "
                 "are not known; use --solver rtn, which needs no statistics, or --keep '*.experts'"
             )

@@ -10,8 +10,6 @@ same, and so is the result, byte for byte.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,29 +19,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.atomic import write_atomically
+from ..formats.atomic import PARTIAL, write_atomically
 from ..formats.base import Source
+from ..formats.config_json import read_json
 from ..formats.errors import FormatError
 from ..formats.manifest import is_complete, write_manifest
-from ..formats.native import FORMAT_VERSION, stored_name
+from ..formats.native import FORMAT_VERSION, NativeSource, norm_specs, stored_name
 from ..formats.shards import ShardPlan, ShardWriter, plan_shards
-from ..quant.scheme import Scheme
+from ..quant.scheme import Scheme, SchemeError
 from ..quant.solver import plan_solver, quantize_tensor
 from ..quant.stats import Stats, output_error
 from ..quant.tensor import QuantizedTensor, field_specs, stack
 from . import stream as streaming
 from .collect import Moment, collecting, finished
-from .journal import Journal
+from .fold import find_fold
+from .journal import JOB, PARTS, Journal
 from .plan import Plan, PlanError
 from .skeleton import DTYPES, Skeleton
 from .store import LayerStats, StatsStore
 from .stream import Stream
-from .structure import Weight, quantizable, skipped
-from .text import Calibration, self_written, sequences
-from .whole import load_model
+from .structure import quantizable, skipped
+from .text import Calibration, CalibrationError, check_length, self_written, sequences
+from .undo import Created
+from .whole import load_model, load_tokenizer
 
 WORK = ".bitpalette"
 """Folder inside the output that holds the journal while a run is unfinished."""
+
+REPORT = "quantization_report.json"
+"""File beside the weights: the job that made them, and a record for every quantized weight."""
 
 HIDDEN_EVERY = 20.0
 """Seconds between two copies of the hidden states on disk: what a killed run computes again at most, roughly."""
@@ -115,13 +119,16 @@ class Compilation:
         version: str = "",
         events: Events | None = None,
     ) -> None:
+        if dtype not in DTYPES:
+            raise PlanError(f"hidden states are computed in one of {list(DTYPES)}; got {dtype!r}")
         self.source, self.plan, self.out = source, plan, out
         self.dtype, self.version, self.events = DTYPES[dtype], version, events or Events()
         self.skeleton = Skeleton(source)
         tied = self.skeleton.tied
         self.weights = {k: w for k, w in quantizable(self.skeleton.model).items() if k not in tied}
         inside = {k for k in self.weights if self.skeleton.block_of(k) is not None}
-        resolved = plan.resolve(self.weights, inside)
+        self.skipped = {k: v for k, v in skipped(self.skeleton.model).items() if "3-D" in v}
+        resolved = plan.resolve(self.weights, inside, tied=tied, only_kept=self.skipped)
         self.schemes: dict[str, Scheme] = {}
         needs_stats = False
         for name, scheme in resolved.items():
@@ -129,18 +136,52 @@ class Compilation:
                 stored, rounding = plan_solver(scheme, self.solver(name))
                 self.schemes[name] = stored
                 needs_stats |= rounding.needs_stats or "scale" in stored.transforms
+        if self.schemes and isinstance(source, NativeSource):
+            raise FormatError(f"{source.path}: already quantized with 'bitpalette'; give the unquantized checkpoint")
         if needs_stats and calibration is None:
             raise PlanError(f"solver {plan.solver} needs a calibration text (--calib)")
         self.calibration = calibration if needs_stats else None
+        if self.calibration is not None:
+            positions = getattr(self.skeleton.model.config, "max_position_embeddings", None)
+            check_length(self.calibration.seq_len, positions, source.path)
         self.stats = stats if needs_stats else None
-        self.skipped = {k: v for k, v in skipped(self.skeleton.model).items() if "3-D" in v}
-        if self.skipped and not all(any(r.matches(k, _named(k)) for r in plan.rules) for k in self.skipped):
-            name, reason = next(iter(self.skipped.items()))
-            raise PlanError(f"{name} cannot be quantized: {reason}; --keep {name} leaves it at 16 bits")
+        if self.schemes:
+            for name, reason in self.skipped.items():
+                if not any(rule.matches(name) for rule in plan.rules):
+                    raise PlanError(f"{name} cannot be quantized: {reason}; --keep {name} leaves it at 16 bits")
+        self.rotated_norms: dict[str, int] = {}
+        self.not_folded = self._fold()
         self.entries = self._entries()
         self.shards: ShardPlan = plan_shards(self.entries, max_shard_bytes)
         self.work = work or out / WORK
         self.job = self._job(max_shard_bytes, dtype)
+
+    def _fold(self) -> str:
+        """Fold the rotation of the residual stream where schemes ask for one: those of weights whose inputs are then
+        rotated lose the transform. Returns why it cannot be folded, "" where it is or need not be."""
+        rotating = [name for name, scheme in self.schemes.items() if "rotate" in scheme.transforms]
+        if not self.plan.fold or not rotating:
+            return ""
+        scaled = [name for name in rotating if "scale" in self.schemes[name].transforms]
+        if scaled:
+            return f"solver {self.plan.solver} scales the inputs of {scaled[0]} before they are rotated"
+        fold = find_fold(self.skeleton, self.plan.seed)
+        if isinstance(fold, str):
+            return fold
+        spared = fold.rotated_weights.intersection(rotating)
+        if not spared:
+            return ""
+        for name in spared:
+            scheme = self.schemes[name]
+            self.schemes[name] = scheme.replace(transforms=tuple(t for t in scheme.transforms if t != "rotate"))
+        if fold.rotated_norm is not None:
+            self.rotated_norms = {fold.rotated_norm: fold.hidden_size}
+        self.skeleton.fold_in(fold)
+        return ""
+
+    def sign_specs(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What is stored beside a parameter that is kept: the signs of a rotated norm."""
+        return norm_specs({name: self.rotated_norms[name]}) if name in self.rotated_norms else {}
 
     def solver(self, name: str) -> str:
         """Embeddings are looked up, not multiplied: their rounding is to nearest, unless they are the head as well.
@@ -160,6 +201,7 @@ class Compilation:
                 entries += [(stored_name(name, field), shape, dtype) for field, (shape, dtype) in specs.items()]
             else:
                 entries.append((name, tuple(value.shape), value.dtype))
+                entries += [(stored, *spec) for stored, spec in self.sign_specs(name).items()]
         return entries
 
     def sizes(self) -> Sizes:
@@ -190,36 +232,59 @@ class Compilation:
     # --- running -----------------------------------------------------------------------------------------------------
 
     def run(self) -> list[Record]:
-        """Compile, or go on where a killed run stopped. Returns the records of all quantized weights."""
+        """Compile, or go on where a killed run stopped. Returns the records of all quantized weights.
+
+        Where the input turns out to be bad, everything that this run created is taken back. What is kept: the state of
+        a run that was interrupted, and of one that had finished parts when the disk failed or filled up.
+        """
         if is_complete(self.out):
-            report = json.loads(_read_or(self.out / "quantization_report.json", "{}"))
-            if report.get("job") == self.job:
-                self.events.note(f"{self.out} is complete already")
-                return [Record(**{**r, "shape": tuple(r["shape"])}) for r in report["layers"]]
-            raise FormatError(f"{self.out} holds a finished checkpoint of other settings; name another output folder")
+            return self._finished()
         self._check_output()
-        existed = self.out.exists()
-        journal = Journal(self.work, self.job)
+        if (self.work / JOB).exists():
+            return self._compile()
+        self.skeleton.check_finite()
+        created = Created(self.out, self.work)
         try:
-            written = self._stored(range(len(journal.parts)))
-            writer = ShardWriter(self.out, self.shards, resume=journal.resumed, written=written)
-        except FormatError:
-            if not journal.resumed:  # a full disk: leave nothing behind
-                journal.remove()
-                if not existed:
-                    shutil.rmtree(self.out, ignore_errors=True)
+            return self._compile()
+        except (FormatError, PlanError, CalibrationError, SchemeError) as error:
+            worth_keeping = isinstance(error.__cause__, OSError) and (self.work / PARTS).exists()
+            if not worth_keeping:
+                created.remove()
             raise
-        lost = set(written) & set(writer.missing)
-        if lost:
-            raise FormatError(f"{self.out}: partial files of an unfinished run are gone; delete {self.work} to start anew")
-        if journal.parts:
-            self.events.note(f"going on after {len(journal.parts)} finished parts")
-        _Run(self, journal, writer).all()
-        records = [Record(**{**r, "shape": tuple(r["shape"])}) for part in journal.parts for r in part["layers"]]
-        writer.finish()
+
+    def _compile(self) -> list[Record]:
+        journal = Journal(self.work, self._work_job())
+        written = self._stored(range(len(journal.parts)))
+        for name in sorted({self.shards.shards[self.shards.slots[n].shard].file_name for n in written}):
+            if not (self.out / name).exists() and not (self.out / (name + PARTIAL)).exists():
+                raise FormatError(f"{self.out}: {name} of an unfinished run is gone; delete {self.work} to start anew")
+        with ShardWriter(self.out, self.shards, resume=journal.resumed, written=written) as writer:
+            if journal.parts:
+                self.events.note(f"going on after {len(journal.parts)} finished parts")
+            if self.not_folded:
+                self.events.note(f"rotating while the model runs, not folded into its weights: {self.not_folded}")
+            _Run(self, journal, writer).all()
+            writer.finish()
+        records = [_record(r) for part in journal.parts for r in part["layers"]]
         self._finish(records)
         journal.remove()
         return records
+
+    def _finished(self) -> list[Record]:
+        path = self.out / REPORT
+        report = read_json(path) if path.exists() else {}
+        if report.get("job") != self.job:
+            raise FormatError(f"{self.out} holds a finished checkpoint of other settings; name another output folder")
+        if (self.work / JOB).exists():  # killed between its last steps
+            Journal(self.work, self._work_job()).remove()
+        elif self.work.is_dir() and not any(self.work.iterdir()):
+            self.work.rmdir()
+        self.events.note(f"{self.out} is complete already")
+        return [_record(r) for r in report["layers"]]
+
+    def _work_job(self) -> dict[str, Any]:
+        """Of a work folder elsewhere, the output folder is part: it may be that of another run."""
+        return self.job if self.work == self.out / WORK else self.job | {"out": str(self.out.resolve())}
 
     def _stored(self, parts: Iterable[int]) -> list[str]:
         """Names in the files of what finished parts have written."""
@@ -229,17 +294,26 @@ class Compilation:
 
     def _stored_names(self, name: str) -> list[str]:
         if name not in self.schemes:
-            return [name]
+            return [name, *self.sign_specs(name)]
         return [stored_name(name, field) for field in field_specs(self.schemes[name], self.weights[name].shape)]
 
     def _check_output(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise FormatError(f"{self.out} is a file; name a folder to write to")
-        ours = (self.work / "job.json").exists()
-        present = [p for p in self.out.iterdir() if p != self.work] if self.out.exists() else []
-        if present and not ours:
+        if self.work != self.out / WORK:
+            work, out = self.work.resolve(), self.out.resolve()
+            if work.is_relative_to(out) or out.is_relative_to(work):
+                raise FormatError(f"--work {self.work} and the output folder {self.out} hold one another; name another")
+            if work.exists() and not work.is_dir():
+                raise FormatError(f"--work {self.work} is a file; name a folder")
+        if (self.work / JOB).exists():
+            return
+        present = [p for p in sorted(self.out.iterdir()) if p != self.work] if self.out.exists() else []
+        # a run may be killed before job.json has its name
+        present += [p for p in sorted(self.work.iterdir()) if p.suffix != PARTIAL] if self.work.exists() else []
+        if present:
             raise FormatError(
-                f"{self.out} is not empty (it holds {present[0].name}); name a new folder, nothing is overwritten"
+                f"{present[0].parent} is not empty (it holds {present[0].name}); name a new folder, nothing is overwritten"
             )
 
     def _finish(self, records: list[Record]) -> None:
@@ -249,7 +323,7 @@ class Compilation:
             config["quantization_config"] = self.quantization_config()
         self.source.write_sidecar(self.out)
         report = {"job": self.job, "layers": [asdict(r) for r in records]}
-        write_atomically(self.out / "quantization_report.json", json.dumps(report, indent=1).encode())
+        write_atomically(self.out / REPORT, json.dumps(report, indent=1).encode())
         write_atomically(self.out / "README.md", self._card(records).encode())
         write_atomically(self.out / "config.json", json.dumps(config, indent=2).encode())
         write_manifest(self.out)
@@ -268,6 +342,7 @@ class Compilation:
             "bitpalette_version": self.version,
             "schemes": distinct,
             "tensors": tensors,
+            **({"rotated_norms": self.rotated_norms} if self.rotated_norms else {}),
             "seed": self.plan.seed,
         }
 
@@ -308,6 +383,8 @@ class _Run:
         self.store: StatsStore | None = None
         if compilation.stats is not None:
             origin = {k: compilation.job[k] for k in ("model", "calibration", "dtype")}
+            folded = compilation.skeleton.fold is not None  # then inputs are those of the rotated model
+            origin["fold"] = compilation.plan.seed if folded else None
             self.store = StatsStore(compilation.stats, origin)
 
     def all(self) -> None:
@@ -340,31 +417,20 @@ class _Run:
             self._advance(i)
 
     def _tokens(self, calibration: Calibration) -> Tensor:
-        from transformers import AutoTokenizer
-
-        folder = self.journal.work / "tokenizer"
-        if not folder.exists():
-            partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            self.c.source.write_sidecar(partial)
-            (partial / "config.json").write_text(json.dumps(self.c.source.config))
-            os.replace(partial, folder)
-        tokens_file = self.journal.work / "tokens.pt"
-        if tokens_file.exists():
-            return torch.load(tokens_file, weights_only=True)
+        kept = self.journal.tokens()
+        if kept is not None:
+            return kept
         if calibration.text == "self":
             with torch.no_grad():
                 tokens = self_written(calibration, load_model(self.c.source, self.c.dtype))
         else:
-            tokens = sequences(calibration, AutoTokenizer.from_pretrained(folder))
+            tokens = sequences(calibration, load_tokenizer(self.c.source))
         vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
         if int(tokens.max()) >= vocabulary:
             raise FormatError(
                 f"{self.c.source.path}: the tokenizer gives token {int(tokens.max())}, the model has {vocabulary}"
             )
-        torch.save(tokens, str(tokens_file) + ".partial")
-        os.replace(str(tokens_file) + ".partial", tokens_file)
+        self.journal.save_tokens(tokens)
         return tokens
 
     def _collect(self, store: StatsStore) -> None:
@@ -431,6 +497,9 @@ class _Run:
             w = originals.pop(name)
             if name not in self.c.schemes:
                 self.writer.write(name, w)
+                for stored in self.c.sign_specs(name):
+                    assert self.skeleton.fold is not None  # it is what rotates norms
+                    self.writer.write(stored, self.skeleton.fold.signs)
                 continue
             start = time.monotonic()
             qt, record = self._quantize(name, w, stats.pop(name, None))
@@ -485,8 +554,8 @@ def _head_module(model: Any) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def _named(parameter: str) -> Weight:
-    return Weight("linear", parameter.rpartition(".")[0], ())
+def _record(values: dict[str, Any]) -> Record:
+    return Record(**{**values, "shape": tuple(values["shape"])})
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -495,6 +564,3 @@ def _numel(shape: tuple[int, ...]) -> int:
         n *= size
     return n
 
-
-def _read_or(path: Path, default: str) -> str:
-    return path.read_text() if path.exists() else default

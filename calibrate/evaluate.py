@@ -38,7 +38,8 @@ def chunks_of(tokenizer: Any, text: str, seq_len: int, chunks: int) -> Tensor:
     if len(ids) < seq_len * chunks:
         raise CalibrationError(
             f"the text has {len(ids)} tokens, {chunks} chunks of {seq_len} need {seq_len * chunks}; "
-            f"give a longer text or --chunks {len(ids) // seq_len}"
+            "give a longer text"
+            + (f" or --chunks {len(ids) // seq_len}" if len(ids) >= seq_len else f", or shorter chunks (--seq-len)")
         )
     return ids[: seq_len * chunks].view(chunks, seq_len)
 

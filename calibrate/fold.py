@@ -86,8 +86,9 @@ class Fold:
         names = skeleton.parameters_of(index)
         dtypes = {name: skeleton.get(name).dtype for name in names}
         skeleton.cast(names, torch.float32)
-        # with experts, a token may stand on the edge between two of them: one draw of three has to agree
-        draws = [torch.randn(1, TOKENS, self.hidden_size, generator=_seeded(seed)) for seed in range(3)]
+        # a token may stand on the edge between two experts: one draw of three has to agree
+        seeds = range(3 if any(skeleton.get(name).ndim == 3 for name in names) else 1)
+        draws = [torch.randn(1, TOKENS, self.hidden_size, generator=_seeded(seed)) for seed in seeds]
         before = [self._run(skeleton, index, h) - h for h in draws]
         self._change(skeleton, names)
         error = float("inf")

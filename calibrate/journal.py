@@ -21,6 +21,7 @@ from ..formats.config_json import read_json
 from ..formats.errors import FormatError
 
 JOB = "job.json"
+PARTS = "journal.jsonl"
 TOKENS = "tokens.safetensors"
 
 
@@ -32,7 +33,7 @@ class Journal:
 
     def __init__(self, work: Path, job: dict[str, Any]) -> None:
         self.work = work
-        self.path = work / "journal.jsonl"
+        self.path = work / PARTS
         text = json.dumps(job, indent=1, sort_keys=True)
         stored = work / JOB
         self.resumed = stored.exists()
@@ -133,7 +134,11 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first value that differs, by its path."""
     for key in sorted(set(old) | set(new)):
-        if old.get(key) != new.get(key):
-            return f"{key}: {json.dumps(old.get(key))[:80]} then, {json.dumps(new.get(key))[:80]} now"
+        a, b = old.get(key), new.get(key)
+        if a != b and isinstance(a, dict) and isinstance(b, dict):
+            return f"{key}.{_difference(a, b)}"
+        if a != b:
+            return f"{key}: {json.dumps(a)[:80]} then, {json.dumps(b)[:80]} now"
     return "job"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ..quant.scheme import Scheme, SchemeError
@@ -25,8 +26,8 @@ class Rule:
     pattern: str
     scheme: Scheme | None
 
-    def matches(self, parameter: str, weight: Weight) -> bool:
-        names = (parameter, parameter.removesuffix(".weight"), weight.module_name)
+    def matches(self, parameter: str) -> bool:
+        names = (parameter, parameter.rpartition(".")[0])
         if self.pattern.startswith("re:"):
             return any(re.search(self.pattern[3:], name) for name in names)
         return any(fnmatch.fnmatchcase(n, p) for n in names for p in (self.pattern, "*." + self.pattern))
@@ -37,7 +38,8 @@ class Plan:
     """Rules for the weights of a model, the solver that rounds them, and the seed of random signs.
 
     linear: scheme of linear layers inside the blocks. head: of the output head and any other linear layer outside the
-    blocks. embedding: of token embeddings. None keeps 16 bits. rules: exceptions, in order.
+    blocks. embedding: of token embeddings. None keeps 16 bits. rules: exceptions, in order. fold: where schemes rotate
+    and the architecture allows, fold the rotation of the residual stream into the weights beside it.
     """
 
     linear: Scheme | None
@@ -46,11 +48,25 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     solver: str = "gptq"
     seed: int = 0
+    fold: bool = True
 
-    def resolve(self, weights: dict[str, Weight], in_block: Iterable[str]) -> dict[str, Scheme | None]:
-        """{parameter: scheme | None} for every quantizable weight. PlanError for a rule that matches nothing, a bad
-        pattern, or a scheme that does not fit a weight's shape."""
+    def resolve(
+        self,
+        weights: dict[str, Weight],
+        in_block: Iterable[str],
+        *,
+        tied: Mapping[str, str] = MappingProxyType({}),
+        only_kept: Iterable[str] = (),
+    ) -> dict[str, Scheme | None]:
+        """{parameter: scheme | None} for every quantizable weight.
+
+        tied: other names of weights, which rules may use. only_kept: parameters that no scheme encodes; rules may keep
+        them. PlanError for a rule that matches nothing, a bad pattern, a scheme that does not fit a weight's shape, or
+        a head and embeddings that are one weight and are to be stored in two ways.
+        """
         inside = set(in_block)
+        names = {name: name for name in weights} | {k: v for k, v in tied.items() if v in weights}
+        undecided = {k for k, w in weights.items() if w.head and w.embedding and self.head != self.embedding}
         chosen: dict[str, Scheme | None] = {}
         for name, weight in weights.items():
             if weight.embedding:
@@ -61,13 +77,22 @@ class Plan:
                 chosen[name] = self.linear if name in inside else self.head
         for rule in self.rules:
             try:
-                hit = [name for name, weight in weights.items() if rule.matches(name, weight)]
+                hit = [name for other, name in names.items() if rule.matches(other)]
+                beside = [name for name in only_kept if rule.matches(name)]
             except re.error as error:
                 raise PlanError(f"the pattern {rule.pattern!r} is no regular expression: {error}") from None
-            if not hit:
+            if beside and rule.scheme is not None:
+                raise PlanError(f"the pattern {rule.pattern!r} matches {beside[0]}, which can only be kept")
+            if not hit and not beside:
                 example = next(iter(weights), "none at all")
                 raise PlanError(f"the pattern {rule.pattern!r} matches none of {len(weights)} weights (one is {example})")
             chosen.update(dict.fromkeys(hit, rule.scheme))
+            undecided -= set(hit)
+        if undecided:
+            raise PlanError(
+                "the head and the embeddings of this model are one tensor (tied); give --head-bits and --embed-bits the "
+                "same value"
+            )
         for name, scheme in chosen.items():
             if scheme is None:
                 continue
@@ -88,6 +113,7 @@ class Plan:
             "rules": [[rule.pattern, plain(rule.scheme)] for rule in self.rules],
             "solver": self.solver,
             "seed": self.seed,
+            "fold": self.fold,
         }
 
     @staticmethod
@@ -105,6 +131,7 @@ class Plan:
                 tuple(Rule(pattern, scheme(value)) for pattern, value in values.get("rules", [])),
                 values.get("solver", "gptq"),
                 values.get("seed", 0),
+                values.get("fold", True),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"not a plan: {error}") from None

@@ -8,6 +8,7 @@ is in memory.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,22 @@ class Skeleton:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        packed = source.config.get("quantization_config")
+        if isinstance(packed, dict) and packed.get("rotated_norms"):
+            raise FormatError(
+                f"{source.path}: its head is tied to rotated embeddings, which its architecture alone cannot compute; "
+                "start from the checkpoint that it was made from"
+            )
         self.model = _meta_model(source)
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         self.parameters: dict[str, Tensor] = {k: v for k, v in self.model.state_dict().items() if k not in self.tied}
         self.mapping = _conversion_mapping(self.model)
         self.origin = self._match()
-        self.blocks = decoder_blocks(self.model)
+        try:
+            self.blocks = decoder_blocks(self.model)
+        except ValueError as error:
+            raise FormatError(f"{source.path}: {error}, which is what is quantized one after another") from error
+        self._check_left_over()
         self.fold: Fold | None = None
 
     def fold_in(self, fold: Fold) -> None:
@@ -86,6 +97,33 @@ class Skeleton:
                 )
         return dict(origin)
 
+    def _check_left_over(self) -> None:
+        """FormatError where the checkpoint has blocks beyond those of its config.json, of which transformers would
+        only warn. Those that a model class says it ignores (such as the heads of DeepSeek-V3 for several tokens) may."""
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        used = {key for keys in self.origin.values() for key in keys}
+        prefix = re.compile(re.escape(self.blocks[0][0].removesuffix("0")) + r"(\d+)\.")
+        for key in self.source.tensors:
+            found = prefix.match(key)
+            beyond = found is not None and int(found[1]) >= len(self.blocks)
+            if beyond and key not in used and not any(re.search(pattern, key) for pattern in ignored):
+                raise FormatError(
+                    f"{self.source.path}: the checkpoint holds {key}, but its config.json makes {len(self.blocks)} blocks; "
+                    "the two do not belong together"
+                )
+
+    def check_finite(self) -> None:
+        """Read every tensor once. FormatError names the first with NaN or infinite values."""
+        for keys in self.origin.values():
+            for key in keys:
+                self._read(key)
+
+    def _read(self, key: str) -> Tensor:
+        tensor = self.source.read(key)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise FormatError(f"{self.source.path}: tensor {key} holds NaN or infinite values")
+        return tensor
+
     def block_of(self, parameter: str) -> int | None:
         """Index of the block that holds a parameter, None for embeddings, final norm and head."""
         for i, (name, _) in enumerate(self.blocks):
@@ -118,9 +156,7 @@ class Skeleton:
         keys = [key for name in names for key in self.origin.get(name, ())]
         tensors = {}
         for key in keys:
-            tensors[key] = self.source.read(key)
-            if tensors[key].is_floating_point() and not bool(tensors[key].isfinite().all()):
-                raise FormatError(f"{self.source.path}: tensor {key} holds NaN or infinite values")
+            tensors[key] = self._read(key)
         config = LoadStateDictConfig(weight_mapping=_conversion_mapping(self.model), device_map={"": "cpu"})
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
@@ -168,21 +204,28 @@ def _meta_model(source: Source) -> Any:
     from transformers.initialization import no_init_weights
 
     values = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    model_type = values.get("model_type")
+    model_type = str(values.get("model_type"))
     if model_type not in transformers.CONFIG_MAPPING:
         raise FormatError(
             f"{source.path}: model_type {model_type!r} is not one that transformers {transformers.__version__} knows"
         )
-    names = values.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
+    names = values.get("architectures")
+    name = str(names[0] if isinstance(names, list) and names else names or "AutoModelForCausalLM")
+    cls = getattr(transformers, name, None)
     if cls is None:
-        raise FormatError(f"{source.path}: transformers {transformers.__version__} has no architecture {names[0]!r}")
-    dtype = values.get("dtype", values.get("torch_dtype")) or _commonest_dtype(source)
+        raise FormatError(f"{source.path}: transformers {transformers.__version__} has no architecture {name!r}")
+    dtype = str(values.get("dtype", values.get("torch_dtype")) or _commonest_dtype(source))
     if dtype not in DTYPES:
         raise FormatError(f"{source.path}: config.json's dtype is {dtype!r}; it can be one of {list(DTYPES)}")
     try:
         config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
         config.dtype = DTYPES[dtype]
+        layers = getattr(config, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > len(source.tensors):  # before they are built one by one
+            raise FormatError(
+                f"{source.path}: config.json makes {layers} layers, the checkpoint has {len(source.tensors)} tensors; the "
+                "two do not belong together"
+            )
         with no_init_weights(), init_empty_weights(include_buffers=False), _default_dtype(DTYPES[dtype]):
             model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
     except FormatError:

@@ -59,8 +59,16 @@ def read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: cannot be read as text: {error}") from None
     if not text.strip():
-        raise CalibrationError(f"{path}: the calibration text is empty")
+        raise CalibrationError(f"{path}: the text is empty; give one with some thousand words")
     return text
+
+
+def check_length(seq_len: int, positions: Any, path: Path) -> None:
+    """CalibrationError where sequences are longer than the positions (None: not known) of the model at `path`."""
+    if isinstance(positions, int) and seq_len > positions:
+        raise CalibrationError(
+            f"sequences of {seq_len} tokens are longer than the {positions} positions of {path}; give --seq-len {positions}"
+        )
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -85,6 +93,8 @@ def sequences(calibration: Calibration, tokenizer: Any) -> Tensor:
 
 def self_written(calibration: Calibration, model: Any) -> Tensor:
     """int64 [sequences, seq_len] sampled from the whole model at temperature 1, each begun with a random token."""
+    if not model.can_generate():
+        raise CalibrationError(f"{type(model).__name__} does not write text; give a text file or builtin (--calib)")
     generator = torch.Generator().manual_seed(calibration.seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first = torch.randint(vocabulary, (calibration.sequences, 1), generator=generator)

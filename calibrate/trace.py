@@ -19,7 +19,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class Unfoldable(Exception):
@@ -100,7 +99,9 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        values = [*args, *(kwargs or {}).values()]
+        flat = [t for v in values for t in (v if isinstance(v, (list, tuple)) else (v,))]
+        tensors = [t for t in flat if isinstance(t, Tensor)]
         if any(self.label(t) is not None for t in tensors):
             name = func.overloadpacket.__name__
             name = name if name.startswith("_") else name.removesuffix("_")  # in place is the same

@@ -5,6 +5,9 @@ scheme and logical shape. Field "codes" of parameter P is stored under P itself,
 this package then fails on the shape instead of loading random weights. Every other field F is stored as `P_F`
 (`model.layers.0.self_attn.q_proj.weight_scale`). Parameters that are not quantized are stored as they are.
 
+`rotated_norms`, {gain P: its length}, names norms that compute T norm(T^T x) with T of the transform `rotate` (a head
+tied to rotated embeddings needs one). P is stored as it is, the field "signs" of T as `P_signs`.
+
 A manifest of hashes (`manifest.py`) is written last; a directory without one is incomplete.
 """
 
@@ -52,6 +55,7 @@ class NativeConfig(BaseModel):
     bitpalette_version: str
     schemes: list[dict[str, Any]]
     tensors: dict[str, QuantizedEntry]
+    rotated_norms: dict[str, Annotated[int, Field(ge=1, lt=2**40)]] = Field(default_factory=dict)
     seed: int = 0
     produced_by: dict[str, Any] | None = None
 
@@ -60,6 +64,7 @@ class NativeConfig(BaseModel):
         schemes: Mapping[str, tuple[Scheme, Sequence[int]]],
         *,
         bitpalette_version: str,
+        rotated_norms: Mapping[str, int] | None = None,
         seed: int = 0,
         produced_by: dict[str, Any] | None = None,
     ) -> NativeConfig:
@@ -73,6 +78,7 @@ class NativeConfig(BaseModel):
             bitpalette_version=bitpalette_version,
             schemes=[scheme.to_dict() for scheme in distinct],
             tensors=tensors,
+            rotated_norms=dict(rotated_norms or {}),
             seed=seed,
             produced_by=produced_by,
         )
@@ -95,11 +101,16 @@ class NativeConfig(BaseModel):
         if config.format_version < 1:
             raise FormatError(f"{where}: format_version {config.format_version} does not exist; they begin at 1")
         config.specs(where)
+        both = config.rotated_norms.keys() & config.tensors.keys()
+        if both:
+            raise FormatError(f"{where}: {min(both)!r} is a quantized tensor and a rotated norm; write it again")
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values for config.json; `produced_by` is left out where there is none."""
+        """Plain JSON values for config.json; `produced_by` and `rotated_norms` are left out where there are none."""
         values = self.model_dump(mode="json")
+        if not values["rotated_norms"]:
+            del values["rotated_norms"]
         if values["produced_by"] is None:
             del values["produced_by"]
         return values
@@ -133,19 +144,26 @@ def stored_name(param: str, field: str) -> str:
     return param if field == "codes" else f"{param}_{field}"
 
 
+def norm_specs(rotated_norms: Mapping[str, int]) -> Specs:
+    """{stored name: (shape, dtype)} of the signs of `NativeConfig.rotated_norms`."""
+    return {stored_name(gain, "signs"): ((-(-size // 8),), torch.uint8) for gain, size in rotated_norms.items()}
+
+
 def stored_specs(config: NativeConfig) -> Specs:
-    """{stored name: (shape, dtype)} of every field of every quantized parameter."""
-    return {
+    """{stored name: (shape, dtype)} of every field of every quantized parameter and rotated norm."""
+    fields = {
         stored_name(param, field): spec
         for param, (_, fields) in config.specs().items()
         for field, spec in fields.items()
     }
+    return fields | norm_specs(config.rotated_norms)
 
 
 def build_entries(
     tensors: Sequence[tuple[str, Sequence[int], torch.dtype]], config: NativeConfig
 ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """The entries for `plan_shards`: the model's parameters in order, the quantized ones replaced by their fields.
+    """The entries for `plan_shards`: the model's parameters in order, the quantized ones replaced by their fields, the
+    signs of rotated norms behind their gains.
 
     tensors: (name, shape, dtype) as the model has them. FormatError where a quantized parameter is not among them, has
     another shape than `config` says, or a field's stored name is also a parameter's.
@@ -158,6 +176,8 @@ def build_entries(
     for name, shape, dtype in tensors:
         if name not in specs:
             entries.append((name, tuple(shape), dtype))
+            if name in config.rotated_norms:
+                entries += [(n, *spec) for n, spec in norm_specs({name: config.rotated_norms[name]}).items()]
             continue
         if list(shape) != config.tensors[name].shape:
             raise FormatError(f"tensor {name!r} has shape {list(shape)}, planned as {config.tensors[name].shape}")
@@ -254,6 +274,21 @@ class NativeSource:
             file = self._stored.tensors[param].file
             shape = tuple(self.quantization.tensors[param].shape)
             logical[param] = TensorInfo(param, shape, self.dtype, nbytes, file)
+        for gain, size in self.quantization.rotated_norms.items():
+            if gain not in rest or rest[gain].shape != (size,):
+                have = list(rest[gain].shape) if gain in rest else "missing"
+                raise FormatError(f"{self.path}: the rotated norm {gain!r} [{size}] is {have}; write or copy it again")
+        for name, (shape, dtype) in norm_specs(self.quantization.rotated_norms).items():
+            info = rest.get(name)
+            if info is None:
+                raise FormatError(
+                    f"{self.path}: tensor {name!r} (of a rotated norm) is missing; write or copy it again"
+                )
+            if info.shape != shape or info.dtype != dtype:
+                raise FormatError(
+                    f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, a rotated norm needs {dtype} "
+                    f"{list(shape)}"
+                )
         return logical | rest
 
 

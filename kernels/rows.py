@@ -16,9 +16,7 @@ BLOCK_ELEMENTS = 1 << 22
 """Weights decoded at a time: 16 MiB of float32, small beside a model and large beside the cost of a call."""
 
 
-def row_blocks(
-    out_features: int, in_features: int, elements: int = BLOCK_ELEMENTS
-) -> Iterator[tuple[int, int]]:
+def row_blocks(out_features: int, in_features: int, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
     """(start, stop) of row blocks of about `elements` weights; multiples of 16 rows but for the last."""
     step = max(16, elements // in_features // 16 * 16)
     for start in range(0, out_features, step):

@@ -9,6 +9,7 @@ from the seed and the width alone, so layers that share an input share the rotat
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,7 +41,16 @@ def random_signs(seed: int, in_features: int) -> Tensor:
 
 def sign_vector(signs: Tensor, in_features: int) -> Tensor:
     """The field `signs` as float32 [in_features] of +1 and -1."""
+    if signs.device.type == "cpu":  # a layer asks at every call, and all layers of one width have the same signs
+        return _unpacked(signs.numpy().tobytes(), in_features)
     return 1.0 - 2.0 * unpack_bits(signs[None], in_features, 1)[0].float()
+
+
+@lru_cache(maxsize=64)
+def _unpacked(signs: bytes, in_features: int) -> Tensor:
+    bits = np.unpackbits(np.frombuffer(signs, dtype=np.uint8), count=in_features, bitorder="little")
+    with torch.inference_mode(False):  # what is cached must not be an inference tensor, which autograd refuses later
+        return torch.from_numpy(1.0 - 2.0 * bits.astype(np.float32)).to(torch.float32)
 
 
 def _mix(z: int) -> int:

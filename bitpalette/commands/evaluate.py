@@ -65,7 +65,8 @@ def with_progress(action: Any) -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluating", total=None)
         result = action(lambda done, of: progress.update(task, completed=done, total=of))
     return {k: v for k, v in (result if isinstance(result, dict) else asdict(result)).items()}

@@ -31,7 +31,10 @@ def generate_command(
     if not prompt or max_new_tokens < 1 or temperature < 0:
         raise PlanError("--prompt must not be empty, --max-new-tokens at least 1, --temperature at least 0")
     source = open_source(checkpoint)
-    print(write_on(load_any(source, DTYPES[dtype]), load_tokenizer(source), prompt, max_new_tokens, chat, temperature, seed))
+    tokenizer = load_tokenizer(source)
+    if chat and tokenizer.chat_template is None:
+        raise PlanError(f"--chat: {checkpoint} has no chat template; leave --chat out")
+    print(write_on(load_any(source, DTYPES[dtype]), tokenizer, prompt, max_new_tokens, chat, temperature, seed))
 
 
 def write_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ def inspect(
     from rich.table import Table
 
     from ..evaluation import rates
+    from ..formats.config_json import read_json
     from ..formats.native import open_native
     from ..quant.scheme import Scheme
     from ..quant.tensor import stored_bytes
@@ -31,7 +33,7 @@ def inspect(
     report = checkpoint / "quantization_report.json"
     errors = {}
     if report.exists():
-        errors = {r["parameter"]: r["error"] for r in json.loads(report.read_text())["layers"]}
+        errors = {r["parameter"]: r["error"] for r in read_json(report).get("layers", [])}
     layers = []
     for name, entry in source.quantization.tensors.items():
         scheme = Scheme.from_dict(source.quantization.schemes[entry.scheme])
@@ -59,8 +61,10 @@ def inspect(
     if json_output:
         print(json.dumps(values))
         return
-    console = Console()
-    table = Table("weight", "shape", "scheme", "bits", "bytes", "error")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    table = Table(box=None)
+    for column in ("weight", "shape", "scheme", "bits", "bytes", "error"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("weight", "scheme") else "right")
     for layer, entry in zip(layers, source.quantization.tensors.values(), strict=True):
         scheme = Scheme.from_dict(source.quantization.schemes[entry.scheme])
         error = "" if layer["error"] is None else f"{layer['error']:.2e}"

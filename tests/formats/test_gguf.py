@@ -91,6 +91,7 @@ GPT2_KEYS = {
     "tokenizer.ggml.tokens": [f"t{n}" for n in range(VOCAB)],  # where transformers takes the vocabulary's size from
 }
 
+BLOOM_ENDS = {f"{norm}.{kind}": (HIDDEN,) for norm in ("token_embd_norm", "output_norm") for kind in ("weight", "bias")}
 Shapes = dict[str, tuple[int, ...]]
 ARCHITECTURES: dict[str, tuple[Shapes, Shapes, dict[str, Any]]] = {
     "llama": (LLAMA, HEAD, {}),
@@ -99,6 +100,7 @@ ARCHITECTURES: dict[str, tuple[Shapes, Shapes, dict[str, Any]]] = {
     "qwen3moe": (NORMS | WIDE | MOE, HEAD, MOE_KEYS | {"attention.key_length": 128}),
     "gemma2": (LLAMA | GEMMA2_NORMS, {}, {"attention.key_length": 16, "attention.sliding_window": 32}),
     "gpt2": (GPT2, {"output_norm.bias": (HIDDEN,), "position_embd.weight": (1024, HIDDEN)} | HEAD, GPT2_KEYS),
+    "bloom": (GPT2, BLOOM_ENDS, {}),
     "phi3": (NORMS | PHI3, HEAD, {"tokenizer.ggml.padding_token_id": 0, "tokenizer.ggml.eos_token_id": 2}),
 }
 
