@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -12,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 for module in (run, evaluate, inspect, verify, generate, demo):
     module.register(app)
 
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: Any = typer.BadParameter.__bases__[0]
 """click's, or that of the copy of click that newer versions of typer carry: only its subclass is public."""
 
 INTERRUPTED = 130

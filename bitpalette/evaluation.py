@@ -78,7 +78,7 @@ def rates(source: Source) -> dict[str, float]:
     from .quant.tensor import stored_bytes
 
     quantized, stored = 0, 0
-    for name, entry in source.quantization.tensors.items():
+    for entry in source.quantization.tensors.values():
         scheme = Scheme.from_dict(source.quantization.schemes[entry.scheme])
         shape = tuple(entry.shape)
         quantized += math.prod(shape)

@@ -28,7 +28,6 @@ from .kernels.embedding import QuantEmbedding
 from .kernels.experts import QuantExperts, check_experts
 from .kernels.linear import QuantLinear
 from .kernels.module import QuantModule, offloads_buffers
-from .kernels.norm import RotatedNorm
 from .quant.scheme import Scheme
 from .quant.tensor import QuantizedTensor
 from .rotated import loaded_parameter, norms_of, plain_head, restore_norms, rotate_norms
@@ -189,10 +188,10 @@ def rename_for(model: Any, native: NativeConfig) -> NativeConfig:
                 f"config.json: quantized tensor {name!r} is no parameter of {type(model).__name__}; "
                 "the config and the model disagree: write the checkpoint again"
             )
-    norms = {}
-    for name, size in native.rotated_norms.items():
+    norms = []
+    for name in native.rotated_norms:
         candidates = (name, name.removeprefix(prefix), prefix + name)
-        norms[next((candidate for candidate in candidates if candidate in parameters), name)] = size
+        norms.append(next((candidate for candidate in candidates if candidate in parameters), name))
     return native.model_copy(update={"tensors": tensors, "rotated_norms": norms})
 
 
@@ -397,7 +396,7 @@ def _check_loaded(model: nn.Module) -> None:
     """FormatError where a field was not loaded: transformers marks each tensor it takes from a state_dict."""
     for name, module in model.named_modules():
         for leaf, buffer in module.named_buffers(recurse=False):
-            if isinstance(module, QuantModule | RotatedNorm) and not getattr(buffer, "_is_hf_initialized", False):
+            if isinstance(module, QuantModule) and not getattr(buffer, "_is_hf_initialized", False):
                 raise FormatError(f"tensor {f'{name}.{leaf}'!r} is missing from the state_dict")
 
 

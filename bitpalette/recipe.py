@@ -58,9 +58,9 @@ def make_plan(
     """The plan of `quantize run`. rotate None: with solvers that feed errors back, where it pays (KL on SmolLM2-135M
     at 4 bits: gptq .24 -> .06, rtn no gain). fold: into the weights beside, where that is exact, instead of while the
     model runs. bits 16 keeps every weight. Raises PlanError."""
-    for name, value in (("--bits", bits), ("--head-bits", head_bits), ("--embed-bits", embed_bits)):
-        if value is not None and value != 16 and not 1 <= value <= 8:
-            raise PlanError(f"{name} is 1 to 8, or 16 to keep the weights; got {value}")
+    for name, width in (("--bits", bits), ("--head-bits", head_bits), ("--embed-bits", embed_bits)):
+        if width is not None and width != 16 and not 1 <= width <= 8:
+            raise PlanError(f"{name} is 1 to 8, or 16 to keep the weights; got {width}")
     scheme = scheme_for(codec, bits if bits != 16 else 4, group_size, asymmetric)
     try:
         plan_solver(scheme, solver)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,21 +13,18 @@ from .kernels.linear import QuantLinear
 from .kernels.norm import RotatedNorm
 
 
-def rotate_norms(model: nn.Module, rotated_norms: Mapping[str, int]) -> None:
-    """Put a RotatedNorm, its signs empty, in the place of every norm with one of these gains, {parameter: length}.
+def rotate_norms(model: nn.Module, gains: Sequence[str]) -> None:
+    """Put a RotatedNorm in the place of every norm with one of these gains (names of parameters).
 
     FormatError where the model has no such norm.
     """
-    for gain, size in rotated_norms.items():
+    for gain in gains:
         module_name = gain.rpartition(".")[0]
         try:
             norm = model.get_submodule(module_name)
-            have = list(model.get_parameter(gain).shape)
             rotated = RotatedNorm(norm)
         except (AttributeError, ValueError) as error:
             raise FormatError(f"rotated norm {gain!r}: {error}; config.json and the model disagree") from error
-        if have != [size]:
-            raise FormatError(f"rotated norm {gain!r} is [{size}] in config.json, {have} in the model")
         model.set_submodule(module_name, rotated.train(norm.training))
 
 

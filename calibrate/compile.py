@@ -24,7 +24,7 @@ from ..formats.base import Source
 from ..formats.config_json import read_json
 from ..formats.errors import FormatError
 from ..formats.manifest import is_complete, write_manifest
-from ..formats.native import FORMAT_VERSION, NativeSource, norm_specs, stored_name
+from ..formats.native import FORMAT_VERSION, NativeSource, stored_name
 from ..formats.shards import ShardPlan, ShardWriter, plan_shards
 from ..quant.scheme import Scheme, SchemeError
 from ..quant.solver import plan_solver, quantize_tensor
@@ -68,7 +68,7 @@ class Record:
 
 @dataclass
 class Sizes:
-    """Bytes and weights of the result, known beforehand. file_bytes: every weight file and its index, headers and all."""
+    """Bytes and weights of the result, known beforehand. file_bytes: all weight files and their index, with headers."""
 
     file_bytes: int
     source_bytes: int
@@ -97,12 +97,12 @@ class Events:
 
 
 class Compilation:
-    """One run of the compiler. Building it reads headers only, checks everything that can be checked and writes nothing.
+    """One run of the compiler. Building it reads headers only, checks all that can be checked and writes nothing.
 
     source: the checkpoint. plan: what to do. out: the folder to write. calibration: None for solvers without
-    statistics. dtype: that hidden states are computed in. stats: a folder of statistics of the original model, collected
-    there where it has none yet, and used by any later plan; without it every block's statistics are taken behind the
-    quantized blocks before it. Raises FormatError, PlanError, CalibrationError.
+    statistics. dtype: that hidden states are computed in. stats: a folder of statistics of the original model,
+    collected there where it has none yet, and used by any later plan; without it every block's statistics are taken
+    behind the quantized blocks before it. Raises FormatError, PlanError, CalibrationError.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Compilation:
             for name, reason in self.skipped.items():
                 if not any(rule.matches(name) for rule in plan.rules):
                     raise PlanError(f"{name} cannot be quantized: {reason}; --keep {name} leaves it at 16 bits")
-        self.rotated_norms: dict[str, int] = {}
+        self.rotated_norms: list[str] = []
         self.not_folded = self._fold()
         self.entries = self._entries()
         self.shards: ShardPlan = plan_shards(self.entries, max_shard_bytes)
@@ -175,13 +175,9 @@ class Compilation:
             scheme = self.schemes[name]
             self.schemes[name] = scheme.replace(transforms=tuple(t for t in scheme.transforms if t != "rotate"))
         if fold.rotated_norm is not None:
-            self.rotated_norms = {fold.rotated_norm: fold.hidden_size}
+            self.rotated_norms = [fold.rotated_norm]
         self.skeleton.fold_in(fold)
         return ""
-
-    def sign_specs(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """What is stored beside a parameter that is kept: the signs of a rotated norm."""
-        return norm_specs({name: self.rotated_norms[name]}) if name in self.rotated_norms else {}
 
     def solver(self, name: str) -> str:
         """Embeddings are looked up, not multiplied: their rounding is to nearest, unless they are the head as well.
@@ -201,7 +197,6 @@ class Compilation:
                 entries += [(stored_name(name, field), shape, dtype) for field, (shape, dtype) in specs.items()]
             else:
                 entries.append((name, tuple(value.shape), value.dtype))
-                entries += [(stored, *spec) for stored, spec in self.sign_specs(name).items()]
         return entries
 
     def sizes(self) -> Sizes:
@@ -294,7 +289,7 @@ class Compilation:
 
     def _stored_names(self, name: str) -> list[str]:
         if name not in self.schemes:
-            return [name, *self.sign_specs(name)]
+            return [name]
         return [stored_name(name, field) for field in field_specs(self.schemes[name], self.weights[name].shape)]
 
     def _check_output(self) -> None:
@@ -313,7 +308,8 @@ class Compilation:
         present += [p for p in sorted(self.work.iterdir()) if p.suffix != PARTIAL] if self.work.exists() else []
         if present:
             raise FormatError(
-                f"{present[0].parent} is not empty (it holds {present[0].name}); name a new folder, nothing is overwritten"
+                f"{present[0].parent} is not empty (it holds {present[0].name}); name a new folder, nothing is "
+                "overwritten"
             )
 
     def _finish(self, records: list[Record]) -> None:
@@ -449,7 +445,9 @@ class _Run:
             with self.skeleton.loaded(names), torch.no_grad():
                 self.skeleton.cast(names, self.c.dtype)
                 if index in missing:
-                    with collecting(self.skeleton.model, {n: self.c.weights[n] for n in names if n in self.c.weights}) as m:
+                    with collecting(
+                        self.skeleton.model, {n: self.c.weights[n] for n in names if n in self.c.weights}
+                    ) as m:
                         self.stream.run(block, index, keep=False)
                     store.save(index, finished(m))
                 self.stream.run(block, index, keep=True)
@@ -497,9 +495,6 @@ class _Run:
             w = originals.pop(name)
             if name not in self.c.schemes:
                 self.writer.write(name, w)
-                for stored in self.c.sign_specs(name):
-                    assert self.skeleton.fold is not None  # it is what rotates norms
-                    self.writer.write(stored, self.skeleton.fold.signs)
                 continue
             start = time.monotonic()
             qt, record = self._quantize(name, w, stats.pop(name, None))
@@ -563,4 +558,3 @@ def _numel(shape: tuple[int, ...]) -> int:
     for size in shape:
         n *= size
     return n
-

@@ -7,6 +7,7 @@ the same if
     writers           W' = T W,  b' = T b                             o_proj, down_proj, down_proj of experts, ...
     readers of norms  W' = W diag(gain) T^T, then gain = 1            q, k, v, gate, up, routers, a head of its own
     tied head         the final norm becomes T norm(T^T h'): logits = E' T norm(T^T h') = E norm(h); gain stays
+                      (T = R diag(s), and s cancels there: R norm(R h') is the same)
 
 in exact arithmetic. Here it is a change of the original weights as they are loaded: everything behind it works on a
 model that is equivalent, and whose readers see rotated inputs without doing anything. What reads and what writes is
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..quant.hartley import hartley_hadamard
 from ..quant.rotate import TRANSFORM, random_signs
 from .plan import PlanError
 from .residual import TOKENS, Residual, probe_weight, trace_residual
@@ -65,8 +67,8 @@ class Fold:
         """Make the skeleton's forward that of the folded model."""
         if self.rotated_norm is not None:
             norm = skeleton.model.get_submodule(self.rotated_norm.rpartition(".")[0])
-            norm.register_forward_pre_hook(lambda module, args: (self._back(args[0]), *args[1:]))
-            norm.register_forward_hook(lambda module, args, out: self._there(out))
+            norm.register_forward_pre_hook(lambda module, args: (hartley_hadamard(args[0]), *args[1:]))
+            norm.register_forward_hook(lambda module, args, out: hartley_hadamard(out))
 
     def apply(self, skeleton: Skeleton, block: int | None) -> None:
         """Change the parameters of one part (a block; None: all outside the blocks), all of them loaded, in place.
@@ -141,9 +143,6 @@ class Fold:
 
     def _there(self, x: Tensor) -> Tensor:
         return TRANSFORM.apply_input(x, {"signs": self.signs})
-
-    def _back(self, x: Tensor) -> Tensor:
-        return TRANSFORM.undo_weight(x, {"signs": self.signs}).to(x.dtype)
 
 
 def find_fold(skeleton: Skeleton, seed: int) -> Fold | str:

@@ -1,9 +1,9 @@
 """What an interrupted compilation left behind, and whether it may be gone on with.
 
-    <work>/job.json         everything the result depends on: a run goes on only with the very same job
-    <work>/journal.jsonl    a line for each finished part, appended once its tensors are in the partial files
-    <work>/tokens.safetensors         the calibration set, int64 [sequences, seq_len]
-    <work>/hidden-NNNNN.safetensors   the calibration set's hidden states at the input of block NNNNN
+<work>/job.json         everything the result depends on: a run goes on only with the very same job
+<work>/journal.jsonl    a line for each finished part, appended once its tensors are in the partial files
+<work>/tokens.safetensors         the calibration set, int64 [sequences, seq_len]
+<work>/hidden-NNNNN.safetensors   the calibration set's hidden states at the input of block NNNNN
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ class Journal:
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:  # the library wraps what the system says
             partial.unlink(missing_ok=True)
-            raise FormatError(f"{path}: cannot be written: {error}; free space, or choose another folder by --work") from (
-                error if isinstance(error, OSError) else OSError(str(error))
-            )
+            raise FormatError(
+                f"{path}: cannot be written: {error}; free space, or choose another folder by --work"
+            ) from (error if isinstance(error, OSError) else OSError(str(error)))
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -85,13 +85,15 @@ class Plan:
                 raise PlanError(f"the pattern {rule.pattern!r} matches {beside[0]}, which can only be kept")
             if not hit and not beside:
                 example = next(iter(weights), "none at all")
-                raise PlanError(f"the pattern {rule.pattern!r} matches none of {len(weights)} weights (one is {example})")
+                raise PlanError(
+                    f"the pattern {rule.pattern!r} matches none of {len(weights)} weights (one is {example})"
+                )
             chosen.update(dict.fromkeys(hit, rule.scheme))
             undecided -= set(hit)
         if undecided:
             raise PlanError(
-                "the head and the embeddings of this model are one tensor (tied); give --head-bits and --embed-bits the "
-                "same value"
+                "the head and the embeddings of this model are one tensor (tied); give --head-bits and --embed-bits "
+                "the same value"
             )
         for name, scheme in chosen.items():
             if scheme is None:
@@ -124,7 +126,7 @@ class Plan:
             return None if value == "keep" else Scheme.from_dict(value)
 
         try:
-            return Plan(
+            plan = Plan(
                 scheme(values["linear"]),
                 scheme(values.get("head", "keep")),
                 scheme(values.get("embedding", "keep")),
@@ -133,6 +135,10 @@ class Plan:
                 values.get("seed", 0),
                 values.get("fold", True),
             )
+            for value, kind in [(plan.solver, str), (plan.seed, int), *((rule.pattern, str) for rule in plan.rules)]:
+                if not isinstance(value, kind):
+                    raise TypeError(f"{value!r} is no {kind.__name__}")
+            return plan
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"not a plan: {error}") from None
 

@@ -92,14 +92,14 @@ class Skeleton:
             have = sum(_numel(self.source.tensors[k].shape) for k in keys)
             if not split and have != self.parameters[name].numel():
                 raise FormatError(
-                    f"{self.source.path}: {name} should hold {self.parameters[name].numel()} values by config.json, the "
-                    f"checkpoint has {have} ({len(keys)} tensors); the two do not belong together"
+                    f"{self.source.path}: {name} should hold {self.parameters[name].numel()} values by config.json, "
+                    f"the checkpoint has {have} ({len(keys)} tensors); the two do not belong together"
                 )
         return dict(origin)
 
     def _check_left_over(self) -> None:
-        """FormatError where the checkpoint has blocks beyond those of its config.json, of which transformers would
-        only warn. Those that a model class says it ignores (such as the heads of DeepSeek-V3 for several tokens) may."""
+        """FormatError where the checkpoint has blocks beyond those of its config.json, of which transformers only
+        warns; unless the model class says that it ignores them (DeepSeek-V3: a last block for predicting ahead)."""
         ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         used = {key for keys in self.origin.values() for key in keys}
         prefix = re.compile(re.escape(self.blocks[0][0].removesuffix("0")) + r"(\d+)\.")
@@ -108,8 +108,8 @@ class Skeleton:
             beyond = found is not None and int(found[1]) >= len(self.blocks)
             if beyond and key not in used and not any(re.search(pattern, key) for pattern in ignored):
                 raise FormatError(
-                    f"{self.source.path}: the checkpoint holds {key}, but its config.json makes {len(self.blocks)} blocks; "
-                    "the two do not belong together"
+                    f"{self.source.path}: the checkpoint holds {key}, but its config.json makes {len(self.blocks)} "
+                    "blocks; the two do not belong together"
                 )
 
     def check_finite(self) -> None:
@@ -223,8 +223,8 @@ def _meta_model(source: Source) -> Any:
         layers = getattr(config, "num_hidden_layers", None)
         if isinstance(layers, int) and layers > len(source.tensors):  # before they are built one by one
             raise FormatError(
-                f"{source.path}: config.json makes {layers} layers, the checkpoint has {len(source.tensors)} tensors; the "
-                "two do not belong together"
+                f"{source.path}: config.json makes {layers} layers, the checkpoint has {len(source.tensors)} tensors; "
+                "the two do not belong together"
             )
         with no_init_weights(), init_empty_weights(include_buffers=False), _default_dtype(DTYPES[dtype]):
             model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)

@@ -7,13 +7,16 @@ runs once over the calibration tokens with a recorder in place of every block. F
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
+from .plan import PlanError
 from .skeleton import Skeleton
 
 BATCH_TOKENS = 2048
@@ -102,14 +105,29 @@ def start(skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> Stream:
             hidden = recorders[0].hidden
             assert hidden is not None
             stream.hidden.append(hidden)
-            calls = shared.setdefault(batch.shape[0], [r.call for r in recorders])
-            stream.calls.append(calls)
+            calls = [r.call for r in recorders]
+            known = shared.setdefault(batch.shape[0], calls)
+            stream.calls.append(known if _same(known, calls) else calls)
     return stream
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether blocks are called with equal arguments. Masks and positions are; some models pass more, by the tokens."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(a[k], b[k]) for k in a)
+    return isinstance(a, (bool, int, float, str)) and a == b
 
 
 def _record(skeleton: Skeleton, batch: Tensor) -> list[Recorder]:
     """One forward with recorders. Blocks of most models return hidden states, of some a tuple that begins with them:
     where the second block would get something else than the first, it is a tuple."""
+    name = type(skeleton.model).__name__
     for returns_tuple in (False, True):
         with recorders_in(skeleton, True, returns_tuple) as recorders:
             try:
@@ -123,16 +141,21 @@ def _record(skeleton: Skeleton, batch: Tensor) -> list[Recorder]:
         first = recorders[0].hidden
         assert first is not None
         if all(r.hidden is not None and r.hidden.shape == first.shape for r in recorders):
+            if any(isinstance(v, Cache) for r in recorders for v in (*r.call[0], *r.call[1].values())):
+                raise PlanError(
+                    f"{name}: keeps a cache even if told not to; use --solver rtn, which needs no statistics"
+                )
             return recorders
-    raise RuntimeError(f"{type(skeleton.model).__name__}: its blocks do not pass hidden states from one to the next")
+    raise PlanError(
+        f"{name}: its blocks do not pass hidden states from one to the next; use --solver rtn, which needs no "
+        "statistics"
+    )
 
 
 def run_model(model: nn.Module, batch: Tensor) -> None:
     """One forward over token ids int64 [batch, seq_len], without a cache."""
-    if getattr(model.config, "is_decoder", True) and hasattr(model.config, "use_cache"):
-        model(input_ids=batch, use_cache=False)
-    else:
-        model(input_ids=batch)
+    takes = inspect.signature(model.forward).parameters
+    model(input_ids=batch, **({"use_cache": False} if "use_cache" in takes else {}))
 
 
 class _Catcher(nn.Module):

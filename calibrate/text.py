@@ -67,7 +67,8 @@ def check_length(seq_len: int, positions: Any, path: Path) -> None:
     """CalibrationError where sequences are longer than the positions (None: not known) of the model at `path`."""
     if isinstance(positions, int) and seq_len > positions:
         raise CalibrationError(
-            f"sequences of {seq_len} tokens are longer than the {positions} positions of {path}; give --seq-len {positions}"
+            f"sequences of {seq_len} tokens are longer than the {positions} positions of {path}; give "
+            f"--seq-len {positions}"
         )
 
 

@@ -17,16 +17,13 @@ from .skeleton import Skeleton
 def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
     """The source's transformers model on the CPU, in `dtype` (None: the checkpoint's own), in eval mode."""
     skeleton = Skeleton(source)
-    names = list(skeleton.parameters)
     for block in [*range(len(skeleton.blocks)), None]:
         part = skeleton.parameters_of(block)
         skeleton.load(part)
         if dtype is not None:
             skeleton.cast(part, dtype)
-    for name in names:
-        skeleton.get(name).requires_grad_(False)
     skeleton.model.tie_weights()
-    return skeleton.model.eval()
+    return skeleton.model.requires_grad_(False).eval()
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -5,8 +5,8 @@ scheme and logical shape. Field "codes" of parameter P is stored under P itself,
 this package then fails on the shape instead of loading random weights. Every other field F is stored as `P_F`
 (`model.layers.0.self_attn.q_proj.weight_scale`). Parameters that are not quantized are stored as they are.
 
-`rotated_norms`, {gain P: its length}, names norms that compute T norm(T^T x) with T of the transform `rotate` (a head
-tied to rotated embeddings needs one). P is stored as it is, the field "signs" of T as `P_signs`.
+`rotated_norms` names, by their gains, norms that compute R norm(R x), R the Hartley-Hadamard transform: a head tied to
+embeddings that the transform `rotate` is folded into needs one.
 
 A manifest of hashes (`manifest.py`) is written last; a directory without one is incomplete.
 """
@@ -55,7 +55,7 @@ class NativeConfig(BaseModel):
     bitpalette_version: str
     schemes: list[dict[str, Any]]
     tensors: dict[str, QuantizedEntry]
-    rotated_norms: dict[str, Annotated[int, Field(ge=1, lt=2**40)]] = Field(default_factory=dict)
+    rotated_norms: list[str] = Field(default_factory=list)
     seed: int = 0
     produced_by: dict[str, Any] | None = None
 
@@ -64,7 +64,7 @@ class NativeConfig(BaseModel):
         schemes: Mapping[str, tuple[Scheme, Sequence[int]]],
         *,
         bitpalette_version: str,
-        rotated_norms: Mapping[str, int] | None = None,
+        rotated_norms: Sequence[str] = (),
         seed: int = 0,
         produced_by: dict[str, Any] | None = None,
     ) -> NativeConfig:
@@ -78,7 +78,7 @@ class NativeConfig(BaseModel):
             bitpalette_version=bitpalette_version,
             schemes=[scheme.to_dict() for scheme in distinct],
             tensors=tensors,
-            rotated_norms=dict(rotated_norms or {}),
+            rotated_norms=list(rotated_norms),
             seed=seed,
             produced_by=produced_by,
         )
@@ -101,7 +101,7 @@ class NativeConfig(BaseModel):
         if config.format_version < 1:
             raise FormatError(f"{where}: format_version {config.format_version} does not exist; they begin at 1")
         config.specs(where)
-        both = config.rotated_norms.keys() & config.tensors.keys()
+        both = config.tensors.keys() & set(config.rotated_norms)
         if both:
             raise FormatError(f"{where}: {min(both)!r} is a quantized tensor and a rotated norm; write it again")
         return config
@@ -144,26 +144,19 @@ def stored_name(param: str, field: str) -> str:
     return param if field == "codes" else f"{param}_{field}"
 
 
-def norm_specs(rotated_norms: Mapping[str, int]) -> Specs:
-    """{stored name: (shape, dtype)} of the signs of `NativeConfig.rotated_norms`."""
-    return {stored_name(gain, "signs"): ((-(-size // 8),), torch.uint8) for gain, size in rotated_norms.items()}
-
-
 def stored_specs(config: NativeConfig) -> Specs:
-    """{stored name: (shape, dtype)} of every field of every quantized parameter and rotated norm."""
-    fields = {
+    """{stored name: (shape, dtype)} of every field of every quantized parameter."""
+    return {
         stored_name(param, field): spec
         for param, (_, fields) in config.specs().items()
         for field, spec in fields.items()
     }
-    return fields | norm_specs(config.rotated_norms)
 
 
 def build_entries(
     tensors: Sequence[tuple[str, Sequence[int], torch.dtype]], config: NativeConfig
 ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """The entries for `plan_shards`: the model's parameters in order, the quantized ones replaced by their fields, the
-    signs of rotated norms behind their gains.
+    """The entries for `plan_shards`: the model's parameters in order, the quantized ones replaced by their fields.
 
     tensors: (name, shape, dtype) as the model has them. FormatError where a quantized parameter is not among them, has
     another shape than `config` says, or a field's stored name is also a parameter's.
@@ -176,8 +169,6 @@ def build_entries(
     for name, shape, dtype in tensors:
         if name not in specs:
             entries.append((name, tuple(shape), dtype))
-            if name in config.rotated_norms:
-                entries += [(n, *spec) for n, spec in norm_specs({name: config.rotated_norms[name]}).items()]
             continue
         if list(shape) != config.tensors[name].shape:
             raise FormatError(f"tensor {name!r} has shape {list(shape)}, planned as {config.tensors[name].shape}")
@@ -274,21 +265,9 @@ class NativeSource:
             file = self._stored.tensors[param].file
             shape = tuple(self.quantization.tensors[param].shape)
             logical[param] = TensorInfo(param, shape, self.dtype, nbytes, file)
-        for gain, size in self.quantization.rotated_norms.items():
-            if gain not in rest or rest[gain].shape != (size,):
-                have = list(rest[gain].shape) if gain in rest else "missing"
-                raise FormatError(f"{self.path}: the rotated norm {gain!r} [{size}] is {have}; write or copy it again")
-        for name, (shape, dtype) in norm_specs(self.quantization.rotated_norms).items():
-            info = rest.get(name)
-            if info is None:
-                raise FormatError(
-                    f"{self.path}: tensor {name!r} (of a rotated norm) is missing; write or copy it again"
-                )
-            if info.shape != shape or info.dtype != dtype:
-                raise FormatError(
-                    f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, a rotated norm needs {dtype} "
-                    f"{list(shape)}"
-                )
+        for gain in self.quantization.rotated_norms:
+            if gain not in rest:
+                raise FormatError(f"{self.path}: tensor {gain!r} (a rotated norm) is missing; write or copy it again")
         return logical | rest
 
 

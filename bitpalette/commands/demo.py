@@ -30,7 +30,9 @@ def demo_model() -> Path:
 
 def demo(
     bits: Annotated[int, typer.Option(help="Bits a weight.")] = 4,
-    out: Annotated[Path | None, typer.Option(help="Where to keep the result.", show_default="a temporary folder")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to keep the result.", show_default="a temporary folder")
+    ] = None,
 ) -> None:
     """Read SmolLM2-135M-Instruct, compile it, compare before and after, and let both write a few sentences."""
     from ..calibrate.plan import PlanError

@@ -69,6 +69,4 @@ def with_progress(action: Any) -> dict[str, Any]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluating", total=None)
         result = action(lambda done, of: progress.update(task, completed=done, total=of))
-    return {k: v for k, v in (result if isinstance(result, dict) else asdict(result)).items()}
-
-
+    return dict(result if isinstance(result, dict) else asdict(result))

@@ -38,7 +38,13 @@ def generate_command(
 
 
 def write_on(
-    model: object, tokenizer: object, prompt: str, max_new_tokens: int, chat: bool, temperature: float = 0.0, seed: int = 0
+    model: object,
+    tokenizer: object,
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> str:
     """The continuation of `prompt`, without it."""
     from typing import Any, cast

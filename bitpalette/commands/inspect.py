@@ -69,7 +69,8 @@ def inspect(
         scheme = Scheme.from_dict(source.quantization.schemes[entry.scheme])
         error = "" if layer["error"] is None else f"{layer['error']:.2e}"
         shape = "x".join(map(str, entry.shape))
-        table.add_row(layer["parameter"], shape, str(scheme), f"{layer['bits_per_weight']:.3f}", f"{layer['bytes']:,}", error)
+        figures = (f"{layer['bits_per_weight']:.3f}", f"{layer['bytes']:,}", error)
+        table.add_row(str(layer["parameter"]), shape, str(scheme), *figures)
     console.print(table)
     console.print(
         f"{len(layers)} quantized weights, {values['bits_per_weight']:.3f} bits on average, "

@@ -37,13 +37,15 @@ def run(
     calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
     seq_len: Annotated[int, typer.Option(help="Tokens of one calibration sequence.")] = 512,
     keep: Annotated[list[str] | None, typer.Option(help="Pattern of weights to keep at 16 bits.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="PATTERN=SCHEME, such as 'down_proj=bits=8'.")
+    set_: Annotated[list[str] | None, typer.Option("--set", help="PATTERN=SCHEME, such as 'down_proj=bits=8'.")] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Bits of the output head; 16 keeps it.", show_default="8")
     ] = None,
-    head_bits: Annotated[int | None, typer.Option(help="Bits of the output head; 16 keeps it.", show_default="8")] = None,
     embed_bits: Annotated[int | None, typer.Option(help="Bits of embeddings; 16 keeps them.", show_default="8")] = None,
     seed: Annotated[int, typer.Option(help="Of random signs and self-written text.")] = 0,
-    work: Annotated[Path | None, typer.Option(help="Folder of an unfinished run's state.", show_default="in OUT")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of an unfinished run's state.", show_default="in OUT")
+    ] = None,
     stats: Annotated[
         Path | None, typer.Option(help="Folder of reusable statistics of the original model; collected if new.")
     ] = None,

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitpalette.cli import main
 from safetensors.torch import load_file, save_file
+
+from bitpalette.cli import main
 
 Change = Callable[[Path], None]
 Refused = Callable[..., str]
@@ -194,7 +195,10 @@ MODELS: dict[str, tuple[Change, str]] = {
     "key heads lie": (config(num_key_value_heads=4), "k_proj"),
     "another architecture": (config(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "transformer.wte.weight"),
     "a tensor is missing": (drop("model.norm.weight"), "lacks model.norm.weight"),
-    "NaN in the last block": (value("model.layers.1.mlp.down_proj.weight", float("nan")), "model.layers.1.mlp.down_proj"),
+    "NaN in the last block": (
+        value("model.layers.1.mlp.down_proj.weight", float("nan")),
+        "model.layers.1.mlp.down_proj",
+    ),
     "infinite norm": (value("model.norm.weight", float("inf")), "model.norm.weight holds NaN or infinite"),
     "infinite embedding": (value("model.embed_tokens.weight", float("-inf")), "model.embed_tokens.weight"),
 }
@@ -465,7 +469,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+    if (
+        mount is None
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode
+    ):
         pytest.skip("mounting a small file system is not allowed here")
     try:
         yield disk
@@ -586,8 +593,9 @@ def test_format_of_the_future(command: tuple[str, ...], packed_folder: Path, cal
 
 
 def test_format_of_the_future_in_python(packed_folder: Path) -> None:
-    import bitpalette
     from transformers import AutoModelForCausalLM
+
+    import bitpalette
 
     rewrite(packed_folder, format_version=99, schemes="in a new way")
     with pytest.raises(ValueError, match="newer bitpalette"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from bitpalette.calibrate.plan import Plan, PlanError
 from bitpalette.quant.scheme import Scheme
 from bitpalette.recipe import make_plan, outer_scheme, scheme_for

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from bitpalette.calibrate.compile import Compilation
 from bitpalette.calibrate.plan import Plan
 from bitpalette.calibrate.text import Calibration

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitpalette
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import bitpalette
 from bitpalette.calibrate.collect import Moment
 from bitpalette.calibrate.compile import Compilation, Events, Record
 from bitpalette.calibrate.journal import Journal
@@ -25,7 +27,6 @@ from bitpalette.formats.verify import verify
 from bitpalette.quant.scheme import Scheme
 from bitpalette.quant.stats import output_error
 from bitpalette.recipe import make_plan
-from safetensors.torch import load_file, save_file
 
 Make = Callable[..., Compilation]
 Tree = Callable[[Path], dict[str, "bytes | None"]]
@@ -201,7 +202,11 @@ def test_rules(checkpoint: Callable[..., Path], compilation: Make, ids: torch.Te
     model = checkpoint("llama")
     out = model.parent / "out"
     run = compilation(
-        model, out, solver="rtn", keep=["layers.0.self_attn.*", "lm_head"], set_=["down_proj=bits=2", "re:1.*up=lut,entries=16"]
+        model,
+        out,
+        solver="rtn",
+        keep=["layers.0.self_attn.*", "lm_head"],
+        set_=["down_proj=bits=2", "re:1.*up=lut,entries=16"],
     )
     schemes = {r.parameter: r.scheme for r in run.run()}
     assert not [n for n in schemes if "layers.0.self_attn" in n or "lm_head" in n]
@@ -287,8 +292,8 @@ def test_buffers_of_the_checkpoint_are_carried(tmp_path: Path, compilation: Make
     torch.manual_seed(0)
     config = transformers.DeepseekV3Config(
         vocab_size=203, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
-        kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=1,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1,
+        num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=1,
         max_position_embeddings=64,
     )  # fmt: skip
     made = transformers.DeepseekV3ForCausalLM(config)

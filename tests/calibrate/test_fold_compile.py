@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import bitpalette
 from bitpalette.api import compile_checkpoint, prepare_compilation
@@ -67,7 +68,7 @@ def test_eight_bits_are_close_to_the_original(
     model = bitpalette.load(out)
     tied = bool(original.config.tie_word_embeddings)
     assert isinstance(model.model.norm, RotatedNorm) == tied
-    assert open_native(out).quantization.rotated_norms == ({"model.norm.weight": 72} if tied else {})
+    assert open_native(out).quantization.rotated_norms == (["model.norm.weight"] if tied else [])
     modules = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     online = {n.rpartition(".")[2] for n, m in modules.items() if m.scheme.transforms}
     assert {"q_proj", "qkv_proj", "q_a_proj", "gate_proj", "gate_up_proj", "lm_head"}.isdisjoint(online)
@@ -106,7 +107,7 @@ def test_saving_copying_and_pickling_a_tied_model(
     model.save_pretrained(again)
     assert json.loads((again / "config.json").read_text())["quantization_config"]["rotated_norms"]
     other = type(model).from_pretrained(again)
-    assert torch.equal(other.model.norm.weight_signs, model.model.norm.weight_signs)
+    assert isinstance(other.model.norm, RotatedNorm)
     assert torch.equal(logits(other, ids), want)
 
 
@@ -117,10 +118,9 @@ def test_files_that_disagree_are_named(checkpoint: Callable[..., Path], tmp_path
         prepare_compilation(open_source(str(out)), tmp_path / "twice", Plan(None))
     config = json.loads((out / "config.json").read_text())
     for wrong, message in (
-        ({"model.norm.weight": 80}, r"rotated norm 'model.norm.weight' \[80\] is \[72\]"),
-        ({"model.layers.0.input_layernorm.weight": 72}, "'model.layers.0.input_layernorm.weight_signs' .* is missing"),
+        (["model.norm.gain"], r"'model.norm.gain' \(a rotated norm\) is missing"),
         ({"model.norm.weight": 0}, "rotated_norms"),
-        ({"model.layers.0.self_attn.q_proj.weight": 72}, "quantized tensor and a rotated norm"),
+        (["model.layers.0.self_attn.q_proj.weight"], "quantized tensor and a rotated norm"),
     ):
         config["quantization_config"]["rotated_norms"] = wrong
         (out / "config.json").write_text(json.dumps(config))
@@ -204,3 +204,13 @@ def test_statistics_know_whether_they_are_of_the_folded_model(
         prepare_compilation(
             model, tmp_path / "b", rotated(8, solver="gptq", fold=False), calibration=calibration, stats=store
         ).run()
+
+
+def test_a_rotated_norm_that_the_model_lacks(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_checkpoint(str(checkpoint("qwen2")), out, rotated(4))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["rotated_norms"] = ["model.layers.0.self_attn.q_proj.bias"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"rotated norm .*q_proj.bias"):
+        transformers.AutoModelForCausalLM.from_pretrained(out)

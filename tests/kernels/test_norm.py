@@ -21,7 +21,6 @@ def made(cls: Any, size: int) -> tuple[nn.Module, RotatedNorm]:
     norm = cls(size)
     nn.init.normal_(norm.weight)
     rotated = RotatedNorm(copy.deepcopy(norm))
-    rotated.load_state_dict({"weight": norm.weight, "weight_signs": random_signs(4, size)})
     return norm, rotated
 
 
@@ -49,15 +48,15 @@ def test_bfloat16_is_computed_in_float32() -> None:
     norm, rotated = made(LlamaRMSNorm, 72)
     x = torch.randn(4, 72).bfloat16()
     y = rotated.to(torch.bfloat16)(x)
-    assert y.dtype == torch.bfloat16 and rotated.weight_signs.dtype == torch.uint8
+    assert y.dtype == torch.bfloat16
     norm.weight.data = norm.weight.data.bfloat16().float()
     exact = rotate(norm(TRANSFORM.undo_weight(x, {"signs": random_signs(4, 72)})))
-    assert float((y.float() - exact).abs().max()) <= 2**-8 * float(exact.abs().max())
+    assert float((y.float() - exact).abs().max().detach()) <= 2**-8 * float(exact.abs().max().detach())
 
 
 def test_state_copies_and_pickles() -> None:
     _, rotated = made(LlamaRMSNorm, 40)
-    assert set(rotated.state_dict()) == {"weight", "weight_signs"}
+    assert set(rotated.state_dict()) == {"weight"}
     x = torch.randn(2, 40)
     for other in (copy.deepcopy(rotated), pickle.loads(pickle.dumps(rotated))):
         assert torch.equal(other(x), rotated(x))
