@@ -69,16 +69,19 @@ def start(
 
 
 def follow(process: subprocess.Popen[bytes], out: Path, moment: float | None) -> float:
-    """Wait for the end, or kill `moment` seconds after `out` appeared. Seconds from then to the end."""
+    """Wait for the end, or kill `moment` seconds after `out` appeared. Seconds from then until `out` was complete."""
     while not out.exists() and process.poll() is None:
         time.sleep(0.001)
-    began = time.monotonic()
+    began = complete = time.monotonic()
     while process.poll() is None:
-        if moment is not None and time.monotonic() - began >= moment:
+        now = time.monotonic()
+        if moment is not None and now - began >= moment:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
+        if (out / ".bitpalette").exists() or not (out / "manifest.json").exists():
+            complete = now
         time.sleep(0.001)
-    return time.monotonic() - began
+    return complete - began
 
 
 def state(out: Path) -> str:

@@ -39,7 +39,7 @@ def chunks_of(tokenizer: Any, text: str, seq_len: int, chunks: int) -> Tensor:
         raise CalibrationError(
             f"the text has {len(ids)} tokens, {chunks} chunks of {seq_len} need {seq_len * chunks}; "
             "give a longer text"
-            + (f" or --chunks {len(ids) // seq_len}" if len(ids) >= seq_len else f", or shorter chunks (--seq-len)")
+            + (f" or --chunks {len(ids) // seq_len}" if len(ids) >= seq_len else ", or shorter chunks (--seq-len)")
         )
     return ids[: seq_len * chunks].view(chunks, seq_len)
 

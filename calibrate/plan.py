@@ -48,7 +48,7 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     solver: str = "gptq"
     seed: int = 0
-    fold: bool = True
+    fold: bool = False
 
     def resolve(
         self,
@@ -133,7 +133,7 @@ class Plan:
                 tuple(Rule(pattern, scheme(value)) for pattern, value in values.get("rules", [])),
                 values.get("solver", "gptq"),
                 values.get("seed", 0),
-                values.get("fold", True),
+                values.get("fold", False),
             )
             for value, kind in [(plan.solver, str), (plan.seed, int), *((rule.pattern, str) for rule in plan.rules)]:
                 if not isinstance(value, kind):

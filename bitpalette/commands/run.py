@@ -31,8 +31,8 @@ def run(
         bool | None, typer.Option("--rotate/--no-rotate", help="Rotate inputs first.", show_default="with gptq")
     ] = None,
     fold: Annotated[
-        bool, typer.Option("--fold/--no-fold", help="Fold the rotation into neighbouring weights where exact.")
-    ] = True,
+        bool, typer.Option("--fold/--no-fold", help="Fold the rotation into neighbouring weights: faster, less exact.")
+    ] = False,
     calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or self.")] = "builtin",
     calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
     seq_len: Annotated[int, typer.Option(help="Tokens of one calibration sequence.")] = 512,

@@ -160,3 +160,14 @@ def test_experts_of_another_formula(families: Any, ids: Tensor) -> None:
     module.forward = lambda *args, **kwargs: forward(*args, **kwargs) * 1.1
     with pytest.raises(PlanError, match="does not compute down"), collecting(model, weights), torch.no_grad():
         model(input_ids=ids)
+
+
+def test_a_layer_alone_counts_every_call(families: Any, ids: Tensor) -> None:
+    """Nothing is called between two of its calls, which makes them no shared input."""
+    model = families["llama"]()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with collecting(model, {name: quantizable(model)[name]}) as moments, torch.no_grad():
+        for row in ids:
+            model(input_ids=row[None])
+    moment = moments[name]
+    assert isinstance(moment, Moment) and moment.tokens == ids.numel()

@@ -95,8 +95,7 @@ def where(name: str, run: Compilation) -> str:
     return "outside" if run.skeleton.block_of(name) is None else "blocks"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("solver", ["awq", "awq+gptq"])
+@pytest.mark.parametrize(("family", "solver"), [("llama", "awq"), ("gpt2", "awq+gptq")])
 def test_scaled(
     family: str, solver: str, checkpoint: Callable[..., Path], compilation: Make, ids: torch.Tensor
 ) -> None:
@@ -293,8 +292,8 @@ def test_buffers_of_the_checkpoint_are_carried(tmp_path: Path, compilation: Make
     config = transformers.DeepseekV3Config(
         vocab_size=203, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1,
-        num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=1,
-        max_position_embeddings=64,
+        num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+        first_k_dense_replace=1, max_position_embeddings=64,
     )  # fmt: skip
     made = transformers.DeepseekV3ForCausalLM(config)
     name = next(n for n, _ in made.named_buffers() if n.endswith("e_score_correction_bias"))
