@@ -51,7 +51,9 @@ def write_model(folder: Path) -> None:
         at = f"model.layers.{i}."
         shapes |= {at + "input_layernorm.weight": (h,), at + "post_attention_layernorm.weight": (h,)}
         shapes |= {at + f"self_attn.{p}_proj.weight": (n, h) for p, n in (("q", h), ("k", kv), ("v", kv), ("o", h))}
-        shapes |= {at + f"mlp.{p}_proj.weight": s for p, s in (("gate", (inner, h)), ("up", (inner, h)), ("down", (h, inner)))}
+        shapes |= {
+            at + f"mlp.{p}_proj.weight": s for p, s in (("gate", (inner, h)), ("up", (inner, h)), ("down", (h, inner)))
+        }
     shapes |= {"model.norm.weight": (h,), "lm_head.weight": (32000, h)}
     plan = plan_shards([(name, shape, torch.bfloat16) for name, shape in shapes.items()], SHARD)
     generator = torch.Generator().manual_seed(0)

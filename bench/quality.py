@@ -67,7 +67,9 @@ def main(
             f"| {r['perplexity']:.2f} | {100 * r['top1_agreement']:.1f} | {r['run_seconds']:.0f} |"
         )
     if out is not None:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
         about = {"commit": commit, "machine": platform.machine(), "cores": os.cpu_count(), "common": COMMON}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"about": about, "tokens": tokens, "rows": rows}, indent=1) + "\n")

@@ -387,7 +387,7 @@ class _Run:
         blocks = len(self.skeleton.blocks)
         done = len(self.journal.parts)
         self.c.events.part(done, blocks + 1)
-        if self.store is not None:
+        if self.store is not None and done <= blocks:
             self._collect(self.store)
         elif self.c.calibration is not None and done <= blocks:
             self._start(done)

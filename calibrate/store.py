@@ -1,10 +1,10 @@
 """Calibration statistics as an artifact on disk: collected once from the original model, used for any number of plans.
 
-    <folder>/fingerprint.json           what they were collected from: model, text, tokens, seed, dtype, folding
-    <folder>/stats-00012.safetensors    block 12 (the last number: the head). For every distinct input
-                                        "<parameter>:hessian" float32 [in, in] and "<parameter>:absmean" float32 [in];
-                                        of expert e "<parameter>#e:...". Metadata: the number of tokens, and which
-                                        other parameters see the same input.
+<folder>/fingerprint.json           what they were collected from: model, text, tokens, seed, dtype, folding
+<folder>/stats-00012.safetensors    block 12 (the last number: the head). For every distinct input
+                                    "<parameter>:hessian" float32 [in, in] and "<parameter>:absmean" float32 [in];
+                                    of expert e "<parameter>#e:...". Metadata: the number of tokens, and which
+                                    other parameters see the same input.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class StatsStore:
                 have = json.loads(path.read_text())
                 changed = [k for k in sorted(set(have) | set(fingerprint)) if have.get(k) != fingerprint.get(k)]
                 raise FormatError(
-                    f"{folder} holds statistics of another calibration ({', '.join(changed)} differ); name another folder"
+                    f"{folder} holds statistics of another calibration ({', '.join(changed)} differ); "
+                    "name another folder"
                 )
         elif folder.exists() and any(folder.iterdir()):
             raise FormatError(f"{folder} is not empty and holds no statistics; name a new folder")
@@ -59,7 +60,10 @@ class StatsStore:
             if members[name] != name:
                 continue
             for key, one in _named(name, entry):
-                tensors[f"{key}:hessian"], tensors[f"{key}:absmean"] = one.hessian.contiguous(), one.absmean.contiguous()
+                tensors[f"{key}:hessian"], tensors[f"{key}:absmean"] = (
+                    one.hessian.contiguous(),
+                    one.absmean.contiguous(),
+                )
                 tokens[key] = one.tokens
         metadata = {"tokens": json.dumps(tokens), "members": json.dumps(members)}
         beside = self.path(part).with_suffix(".partial")

@@ -9,8 +9,8 @@ from the seed and the width alone, so layers that share an input share the rotat
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch

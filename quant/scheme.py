@@ -7,8 +7,9 @@ is a new file. `Scheme.from_dict({"codec": "int", "bits": 4, "group_size": 64})`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Mapping
+from typing import Any, ClassVar
 
 
 class SchemeError(ValueError):

@@ -149,7 +149,9 @@ def test_not_folded_where_asked_or_impossible(
 
 
 def test_nothing_is_folded_where_no_reader_rotates(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    plan = make_plan(bits=4, solver="rtn", rotate=True, keep=["*_proj", "lm_head", "embed_tokens"], group_size=24, fold=True)
+    plan = make_plan(
+        bits=4, solver="rtn", rotate=True, keep=["*_proj", "lm_head", "embed_tokens"], group_size=24, fold=True
+    )
     compilation = prepare_compilation(str(checkpoint("llama")), tmp_path / "out", plan)
     assert compilation.skeleton.fold is None and not compilation.not_folded
     plan = make_plan(bits=4, solver="rtn", rotate=True, keep=["q_proj", "lm_head"], group_size=24, fold=True)
