@@ -57,10 +57,10 @@ def make_plan(
 ) -> Plan:
     """The plan of `quantize run`. Raises PlanError.
 
-    rotate: None is with solvers that feed errors back, where it pays (see the README's table). fold: the rotation of the
-    residual stream goes into the weights beside it, where that is exact, instead of being computed while the model
-    runs. It saves rotations and costs quality (KL .060 -> .079): the norms' gains, which damp the inputs'
-    outliers, move into the weights that are rounded. bits: 16 keeps every weight.
+    rotate: None is with solvers that feed errors back, where it pays (the README has a table). fold: the rotation of
+    the residual stream goes into the weights beside it, where that is exact, instead of being computed while the model
+    runs. It saves rotations and costs quality (KL .060 -> .079): the norms' gains, which damp the inputs' outliers,
+    move into the weights that are rounded. bits: 16 keeps every weight.
     """
     for name, width in (("--bits", bits), ("--head-bits", head_bits), ("--embed-bits", embed_bits)):
         if width is not None and width != 16 and not 1 <= width <= 8:

@@ -63,14 +63,17 @@ class IntGrid:
         self.scheme, self.shape = scheme, shape
         self.group_size = 1 if scheme.per_input_channel else scheme.group_size
         self.group = group_of_column(shape[1], self.group_size, device)
+        self._group_list: list[int] = self.group.tolist()
         rows = 1 if scheme.per_input_channel else shape[0]
         groups = group_count(shape[1], self.group_size)
         self.scale = torch.zeros(rows, groups, dtype=torch.float32, device=device)
         self.zero = torch.full_like(self.scale, scheme.zero)
+        self.divisor = torch.ones_like(self.scale)  # the scale, and 1 where that is 0: the code is the zero point then
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> None:
         if self.scheme.per_input_channel:
             self.scale, self.zero = (t.T.contiguous() for t in _fit(self.scheme, w.T[:, None, :], None))
+            self.divisor = self._divisor(self.scale)
             return
         gs = self.group_size or self.shape[1]
         whole = self.shape[1] // gs * gs
@@ -78,6 +81,7 @@ class IntGrid:
             weight = None if importance is None else importance[:whole].view(-1, gs)
             fitted = _fit(self.scheme, w[:, :whole].reshape(self.shape[0], -1, gs), weight)
             self.scale[:, : whole // gs], self.zero[:, : whole // gs] = fitted
+            self.divisor = self._divisor(self.scale)
         if whole < self.shape[1]:  # a short last group
             self.fit_group(w[:, whole:], whole // gs, None if importance is None else importance[whole:])
 
@@ -87,12 +91,21 @@ class IntGrid:
         else:
             scale, zero = _fit(self.scheme, w[:, None, :], None if importance is None else importance[None, :])
         self.scale[:, group], self.zero[:, group] = scale[:, 0], zero[:, 0]
+        self.divisor[:, group] = self._divisor(scale[:, 0])
+
+    @staticmethod
+    def _divisor(scale: Tensor) -> Tensor:
+        return torch.where(scale == 0, 1.0, scale)
 
     def nearest(self, w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        group = self.group[columns]
+        if columns.numel() == 1:  # the inner loop of error feedback: views in place of copies
+            at = self._group_list[int(columns)]
+            group: slice | Tensor = slice(at, at + 1)
+        else:
+            group = self.group[columns]
         scale, zero = self.scale[:, group], self.zero[:, group]
-        code = _round(w, scale, zero, (1 << self.scheme.bits) - 1)
-        return code.to(torch.uint8).expand(w.shape), (code - zero) * scale
+        code = (w / self.divisor[:, group]).add_(zero + 0.5).floor_().clamp_(0, (1 << self.scheme.bits) - 1)
+        return code.to(torch.uint8).expand(w.shape), (code - zero).mul_(scale)
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         fields = {
@@ -102,12 +115,6 @@ class IntGrid:
         if not self.scheme.symmetric:
             fields["zero_point"] = pack_bits(self.zero.to(torch.uint8), self.scheme.bits)
         return fields
-
-
-def _round(w: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    """Codes as floats. A zero scale gives the zero point (its value is 0 whatever the code)."""
-    inverse = torch.where(scale == 0, scale, 1 / scale)
-    return torch.floor(w * inverse + zero + 0.5).clamp_(0, top)
 
 
 def _fit(scheme: IntScheme, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
