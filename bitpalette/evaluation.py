@@ -62,8 +62,11 @@ def compare(
 def load_any(source: Source, dtype: torch.dtype) -> Any:
     """A model of a packed checkpoint with the kernels a user runs, of any other source as it is."""
     if isinstance(source, NativeSource):
+        from transformers.utils import logging
+
         from .api import load
 
+        logging.disable_progress_bar()  # the command has a progress bar of its own
         return load(source.path, dtype=dtype)
     return load_model(source, dtype)
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../cpu/int4.h"
+#include "../cpu/int8.h"
 #include "../cpu/isa.h"
 #include "../cpu/parallel.h"
 
@@ -72,4 +73,14 @@ PYBIND11_MODULE(_cpu, m) {
             const py::gil_scoped_release unlocked;
             int4_rows(layer.isa, layer.weight, at<const int64_t>(index), n, at<float>(rows), threads);
         });
+    m.def(
+        "int8_linear",
+        [](int isa, uintptr_t codes, uintptr_t scale, int64_t out, int64_t in, uintptr_t x, int64_t tokens, uintptr_t y,
+           int threads) {
+            const py::gil_scoped_release unlocked;
+            int8_linear(isa_from_index(isa), {at<const uint8_t>(codes), at<const float>(scale), out, in},
+                        at<const float>(x), tokens, at<float>(y), threads);
+        },
+        py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("out"), py::arg("in_features"), py::arg("x"),
+        py::arg("tokens"), py::arg("y"), py::arg("threads"));
 }

@@ -11,6 +11,7 @@ import torch
 
 from bitpalette.kernels.base import Kernel
 from bitpalette.kernels.cpu_int4 import CpuInt4Kernel
+from bitpalette.kernels.cpu_int8 import CpuInt8Kernel
 from bitpalette.kernels.native import available_isas
 from bitpalette.kernels.registry import kernels
 from bitpalette.quant.bitstream import pack_bits
@@ -48,9 +49,9 @@ def schemes() -> list[Scheme]:
 
 def variants(kernel: Kernel) -> Iterator[tuple[str, Kernel]]:
     """The kernel, once for each instruction set where it has several."""
-    if isinstance(kernel, CpuInt4Kernel):
+    if isinstance(kernel, CpuInt4Kernel | CpuInt8Kernel):
         for isa in available_isas():
-            yield f"{kernel.name}/{isa}", CpuInt4Kernel(isa)
+            yield f"{kernel.name}/{isa}", type(kernel)(isa)
     else:
         yield kernel.name, kernel
 
