@@ -39,9 +39,13 @@ def run(
     keep: Annotated[list[str] | None, typer.Option(help="Pattern of weights to keep at 16 bits.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="PATTERN=SCHEME, such as 'down_proj=bits=8'.")] = None,
     head_bits: Annotated[
-        int | None, typer.Option(help="Bits of the output head; 16 keeps it.", show_default="8")
+        int | None,
+        typer.Option(help="Bits of the output head; 16 keeps it. Alone, it is meant for both.", show_default="8"),
     ] = None,
-    embed_bits: Annotated[int | None, typer.Option(help="Bits of embeddings; 16 keeps them.", show_default="8")] = None,
+    embed_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of embeddings; 16 keeps them. Alone, it is meant for both.", show_default="8"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random signs and self-written text.")] = 0,
     work: Annotated[
         Path | None, typer.Option(help="Folder of an unfinished run's state.", show_default="in OUT")

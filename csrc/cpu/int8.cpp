@@ -38,7 +38,10 @@ void int8_linear(Isa isa, const Int8Weight& w, const float* x, int64_t tokens, f
     } call{rows_of(isa), w, x, tokens, y};
     const int64_t useful = w.out * w.in * (tokens < 1 ? 1 : tokens) / bytes_per_thread;
     parallel_for(
-        w.out, static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads),
+        w.out,
+        static_cast<int>(useful < 1         ? 1
+                         : useful < threads ? useful
+                                            : threads),
         [](void* context, int64_t begin, int64_t end) {
             const Call& c = *static_cast<Call*>(context);
             thread_local std::vector<float> row; // kept between calls
