@@ -25,6 +25,10 @@ from .scheme import Scheme, SchemeError, check_flag, check_integer
 from .tensor import QuantizedTensor
 
 
+CHUNK = 1 << 22
+"""Weights decoded at a time: temporaries of 16 MiB."""
+
+
 @dataclass(frozen=True)
 class IntScheme(Scheme):
     """bits 1..8; group_size in columns, 0 for the whole row; symmetric; per_input_channel: one scale a column."""
@@ -161,14 +165,20 @@ class IntCodec:
         scheme = qt.scheme
         assert isinstance(scheme, IntScheme)
         out, n = qt.shape
-        codes = unpack_bits(qt.fields["codes"].view(out, -1), n, scheme.bits)
+        codes = qt.fields["codes"].view(out, -1)
         scale = qt.fields["scale"].float()
         if scheme.symmetric:
             zero = torch.full_like(scale, scheme.zero)
         else:
             zero = unpack_bits(qt.fields["zero_point"], scale.shape[1], scheme.bits).float()
         group = group_of_column(n, 1 if scheme.per_input_channel else scheme.group_size, codes.device)
-        return (codes.float() - zero[:, group]) * scale[:, group]
+        zero, scale = zero.expand(out, -1), scale.expand(out, -1)
+        w = torch.empty(out, n, device=codes.device)
+        for rows in torch.arange(out, device=codes.device).split(max(1, CHUNK // n)):  # temporaries stay small
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            levels = unpack_bits(codes[part], n, scheme.bits).float().sub_(zero[part][:, group])
+            torch.mul(levels, scale[part][:, group], out=w[part])
+        return w
 
     def tolerance(self, scheme: IntScheme) -> float:
         return 0.02

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+CHUNK = 1 << 22
+"""Weights whose error is taken at a time: temporaries of 16 MiB."""
+
+
 @dataclass
 class Stats:
     """Moments of the input of one linear layer over the calibration tokens.
@@ -32,10 +36,14 @@ def output_error(w: Tensor, q: Tensor, stats: Stats | None) -> float:
 
     Without statistics H is the identity: the relative squared weight error. 0 where w itself gives no output.
     """
-    d, w = (q - w).float(), w.float()
-    if stats is None:
-        num, den = float(d.square().sum()), float(w.square().sum())
-    else:
-        h = stats.hessian
-        num, den = float(((d @ h) * d).sum()), float(((w @ h) * w).sum())
+    num = den = 0.0
+    rows = max(1, CHUNK // w.shape[1])
+    for a, b in zip(w.split(rows), q.split(rows), strict=True):
+        a, d = a.float(), (b - a).float()
+        if stats is None:
+            num += float(d.square().sum())
+            den += float(a.square().sum())
+        else:
+            num += float(((d @ stats.hessian) * d).sum())
+            den += float(((a @ stats.hessian) * a).sum())
     return max(num, 0.0) / den if den > 0 else 0.0
