@@ -24,7 +24,6 @@ from .codec import Fields, group_count, group_of_column
 from .scheme import Scheme, SchemeError, check_flag, check_integer
 from .tensor import QuantizedTensor
 
-
 CHUNK = 1 << 22
 """Weights decoded at a time: temporaries of 16 MiB."""
 

@@ -9,7 +9,6 @@ from .codec import get_codec
 from .scheme import Scheme
 from .stats import Stats
 
-
 CHUNK = 1 << 22
 """Weights rounded at a time: temporaries of 16 MiB, beside embeddings of hundreds."""
 

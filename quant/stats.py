@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
 CHUNK = 1 << 22
 """Weights whose error is taken at a time: temporaries of 16 MiB."""
 
