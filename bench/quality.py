@@ -38,10 +38,12 @@ def call(arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def measure(model: str, data: Path, recipe: list[str], tokens: int) -> dict[str, Any]:
+def measure(model: str, data: Path, recipe: list[str], tokens: int, stats: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "packed")
         calibration = ["--calib", str(data / "valid.txt"), "--calib-tokens", str(tokens)]
+        if stats is not None:
+            calibration += ["--stats", str(stats)]
         ran = call(["run", model, out, *COMMON, *recipe, *calibration])
         text = ["--text", str(data / "test.txt"), "--seq-len", "512", "--chunks", "32"]
         evaluated = call(["eval", out, "--against", model, *text])
@@ -53,11 +55,14 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with valid.txt and test.txt.")],
     only: Annotated[list[str] | None, typer.Option(help="Recipes to run; all if none.")] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 65536,
+    stats: Annotated[
+        Path | None, typer.Option(help="Folder of statistics that all recipes share, of the original model.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     rows: dict[str, Any] = {}
     for name in only or RECIPES:
-        rows[name] = measure(model, data, RECIPES[name], tokens)
+        rows[name] = measure(model, data, RECIPES[name], tokens, stats)
         print(f"done: {name}: {rows[name]['kl_divergence']:.4f}", file=sys.stderr, flush=True)
     print("| recipe | bits | KL, nats/token | perplexity | top-1 % | seconds |")
     print("|---|---|---|---|---|---|")
@@ -70,7 +75,13 @@ def main(
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip()
-        about = {"commit": commit, "machine": platform.machine(), "cores": os.cpu_count(), "common": COMMON}
+        about = {
+            "commit": commit,
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "common": COMMON,
+            "stats": stats is not None,
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"about": about, "tokens": tokens, "rows": rows}, indent=1) + "\n")
 

@@ -21,7 +21,7 @@ class Calibration:
     pydoc) or "self" (the model writes its own); `tokens` in sequences of `seq_len`."""
 
     text: str = "builtin"
-    tokens: int = 32768
+    tokens: int = 16384
     seq_len: int = 512
     seed: int = 0
 

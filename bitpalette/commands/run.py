@@ -34,7 +34,7 @@ def run(
         bool, typer.Option("--fold/--no-fold", help="Fold the rotation into neighbouring weights: faster, less exact.")
     ] = False,
     calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or self.")] = "builtin",
-    calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
+    calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 16384,
     seq_len: Annotated[int, typer.Option(help="Tokens of one calibration sequence.")] = 512,
     keep: Annotated[list[str] | None, typer.Option(help="Pattern of weights to keep at 16 bits.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="PATTERN=SCHEME, such as 'down_proj=bits=8'.")] = None,
