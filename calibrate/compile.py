@@ -485,9 +485,11 @@ class _Run:
         else:
             stats = self._head_stats([n for n in names if n in self.c.schemes and self.c.weights[n].head])
         self.stream = None
-        with self.skeleton.loaded(names) as originals:
-            pass
-        yield from self._write(originals, stats)
+        # embeddings and head are the largest weights: one at a time, unless folding needs the norm's gain beside them
+        for part in [names] if self.skeleton.fold is not None else [[name] for name in names]:
+            with self.skeleton.loaded(part) as originals:
+                pass
+            yield from self._write(originals, stats)
 
     def _write(self, originals: dict[str, Tensor], stats: dict[str, LayerStats]) -> Iterator[Record]:
         """Quantize and write a part's tensors, each let go of once it is written."""
