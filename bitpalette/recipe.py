@@ -1,4 +1,4 @@
-"""From what a user asks for (bits, codec, solver, ...) to a plan, with the defaults that were measured to be best."""
+"""From what a user asks for (bits, codec, solver, ...) to a plan, with defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .quant.solver import plan_solver
 
 DEFAULT_GROUP_SIZE = 64
 DEFAULT_OUTER_BITS = 8
-"""Head and embeddings: int8 with a scale a row costs .001 nats on SmolLM2-135M and halves a third of its file."""
+"""Head and embeddings: int8 with a scale a row, half the size; on small models they are a large part of the file."""
 
 
 def scheme_for(codec: str, bits: int, group_size: int | None, asymmetric: bool = False) -> Scheme:
@@ -59,8 +59,8 @@ def make_plan(
 
     rotate: None is with solvers that feed errors back, where it pays (the README has a table). fold: the rotation of
     the residual stream goes into the weights beside it, where that is exact, instead of being computed while the model
-    runs. It saves rotations and costs quality (KL .060 -> .079): the norms' gains, which damp the inputs' outliers,
-    move into the weights that are rounded. bits: 16 keeps every weight.
+    runs. It saves rotations and costs quality (figures in the README): the norms' gains, which damp the inputs'
+    outliers, move into the weights that are rounded. bits: 16 keeps every weight.
     """
     for name, width in (("--bits", bits), ("--head-bits", head_bits), ("--embed-bits", embed_bits)):
         if width is not None and width != 16 and not 1 <= width <= 8:

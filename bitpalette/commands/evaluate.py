@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -61,12 +60,11 @@ def evaluate(
 
 
 def with_progress(action: Any) -> dict[str, Any]:
-    """Call action(step) with a progress bar on stderr; step(done, of)."""
+    """What action(step) returns, with a progress bar on stderr; step(done, of)."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluating", total=None)
-        result = action(lambda done, of: progress.update(task, completed=done, total=of))
-    return dict(result if isinstance(result, dict) else asdict(result))
+        return action(lambda done, of: progress.update(task, completed=done, total=of))

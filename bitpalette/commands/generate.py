@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,8 +38,8 @@ def generate_command(
 
 
 def write_on(
-    model: object,
-    tokenizer: object,
+    model: Any,
+    tokenizer: Any,
     prompt: str,
     max_new_tokens: int,
     chat: bool,
@@ -47,20 +47,17 @@ def write_on(
     seed: int = 0,
 ) -> str:
     """The continuation of `prompt`, without it."""
-    from typing import Any, cast
-
     import torch
 
     from ..api import generate
 
-    tok = cast(Any, tokenizer)
     if chat:
-        ids = tok.apply_chat_template(
+        ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
     else:
-        ids = tok(prompt, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     out = generate(model, ids, max_new_tokens, **options)
-    return tok.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
