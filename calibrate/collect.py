@@ -13,7 +13,7 @@ from ..quant.stats import Stats
 from .plan import PlanError
 from .structure import Weight
 
-PANEL = 512
+PANEL = 256
 """Columns of one panel of the second moment: only the panels on and under the diagonal are computed."""
 
 
