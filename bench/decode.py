@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import nn
 
 from bitpalette.kernels.linear import QuantLinear
-from bitpalette.kernels.native import available_isas, chosen_isa
 from bitpalette.quant.int import IntScheme
+from bitpalette.quant.native import available_isas, chosen_isa
 from bitpalette.quant.tensor import QuantizedTensor, field_specs
 
 SHAPES = {

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..quant.bitstream import pack_bits, unpack_bits
 from ..quant.codec import group_count
 from ..quant.int import IntScheme
+from ..quant.native import DTYPES, chosen_isa, cpu_module, isa_index, why_no_cpu_module
 from ..quant.scheme import Scheme
 from ..quant.tensor import QuantizedTensor
 from .base import Packed
-from .native import DTYPES, chosen_isa, cpu_module, isa_index, why_no_cpu_module
 from .rows import row_blocks
 
 BLOCK_ROWS, TILE_COLUMNS = 16, 32

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..quant.int import IntScheme
+from ..quant.native import chosen_isa, cpu_module, isa_index, why_no_cpu_module
 from ..quant.scheme import Scheme
 from .base import Packed
-from .native import chosen_isa, cpu_module, isa_index, why_no_cpu_module
 from .reference import ReferenceKernel
 
 MOST_TOKENS = 8

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from bitpalette.kernels import native
-from bitpalette.kernels.base import KernelError
 from bitpalette.kernels.cpu_int4 import CpuInt4Kernel
+from bitpalette.quant import native
 from bitpalette.quant.bitstream import pack_bits
 from bitpalette.quant.int import IntScheme
+from bitpalette.quant.native import NativeError
 from bitpalette.quant.tensor import QuantizedTensor
 
 needs_module = pytest.mark.skipif(not native.available_isas(), reason="the CPU extension is not built")
@@ -91,7 +91,7 @@ def test_native_calls_refuse_what_makes_no_sense() -> None:
 
 @needs_module
 def test_an_instruction_set_that_is_not_there() -> None:
-    with pytest.raises(KernelError, match="instruction set 'sse9'"):
+    with pytest.raises(NativeError, match="instruction set 'sse9'"):
         CpuInt4Kernel("sse9").prepare(weight(19, 70, 32))
 
 
@@ -104,5 +104,5 @@ def test_the_environment_forces_the_instruction_set(isa: str, monkeypatch: pytes
     kernel.rows(kernel.prepare(weight(19, 70, 32)), torch.tensor([0]))
     assert kernel._isa_index == native.isa_index(isa)
     monkeypatch.setenv(native.ISA_VARIABLE, "avx9000")
-    with pytest.raises(KernelError, match=r"'avx9000': this machine runs .*BITPALETTE_CPU_ISA"):
+    with pytest.raises(NativeError, match=r"'avx9000': this machine runs .*BITPALETTE_CPU_ISA"):
         CpuInt4Kernel().prepare(weight(19, 70, 32))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitpalette.kernels import native
 from bitpalette.kernels.base import FORCE_VARIABLE, KernelError, choose, explain
 from bitpalette.kernels.registry import kernels
+from bitpalette.quant import native
 from bitpalette.quant.int import IntScheme
 
 CPU = torch.device("cpu")
@@ -55,5 +55,5 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.available_isas() == []
     assert "not built" in str(kernels()["cpu_int4"].why_not(INT4, (64, 64), CPU))
     assert choose(INT4, (64, 64), CPU).name == "reference"
-    with pytest.raises(KernelError, match="not built"):
+    with pytest.raises(native.NativeError, match="not built"):
         native.cpu_module()

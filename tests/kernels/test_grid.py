@@ -12,11 +12,11 @@ import torch
 from bitpalette.kernels.base import Kernel
 from bitpalette.kernels.cpu_int4 import CpuInt4Kernel
 from bitpalette.kernels.cpu_int8 import CpuInt8Kernel
-from bitpalette.kernels.native import available_isas
 from bitpalette.kernels.registry import kernels
 from bitpalette.quant.bitstream import pack_bits
 from bitpalette.quant.codec import codec_names, get_codec
 from bitpalette.quant.int import IntScheme
+from bitpalette.quant.native import available_isas
 from bitpalette.quant.scheme import Scheme, SchemeError
 from bitpalette.quant.solver import quantize_tensor
 from bitpalette.quant.tensor import QuantizedTensor, field_specs

@@ -1,4 +1,7 @@
-"""The native CPU module, where it was built, and the instruction set that it runs with."""
+"""The native CPU module, where it was built, and the instruction set that it runs with.
+
+The one place that imports it: encoders of this folder and the kernels take it from here.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from types import ModuleType
 
 import torch
 
-from .base import KernelError
-
 ISA_VARIABLE = "BITPALETTE_CPU_ISA"
+
+
+class NativeError(RuntimeError):
+    """The native module, or an instruction set of it, is not there. The message says what to do."""
+
 
 _cpu: ModuleType | None
 try:
@@ -33,9 +39,9 @@ def why_no_cpu_module() -> str | None:
 
 
 def cpu_module() -> ModuleType:
-    """bitpalette._cpu, ready to use torch's threads. KernelError where it was not built."""
+    """bitpalette._cpu, ready to use torch's threads. NativeError where it was not built."""
     if _cpu is None:
-        raise KernelError(str(why_no_cpu_module()))
+        raise NativeError(str(why_no_cpu_module()))
     _share_threads()
     return _cpu
 
@@ -47,10 +53,10 @@ def available_isas() -> list[str]:
 
 @cache
 def isa_index(name: str) -> int:
-    """The number of an instruction set. KernelError where this machine or build lacks it."""
+    """The number of an instruction set. NativeError where this machine or build lacks it."""
     isas = cpu_module().isas()
     if name not in isas:
-        raise KernelError(f"instruction set {name!r}: this machine runs {list(isas)} (set by {ISA_VARIABLE})")
+        raise NativeError(f"instruction set {name!r}: this machine runs {list(isas)} (set by {ISA_VARIABLE})")
     return isas[name]
 
 
