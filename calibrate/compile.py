@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..quant.stats import Stats, output_error
 from ..quant.tensor import QuantizedTensor, field_specs, stack
 from . import stream as streaming
 from .collect import Moment, collecting, finished
+from .fisher import fisher_diagonal
 from .fold import find_fold
 from .journal import JOB, PARTS, Journal
 from .plan import Plan, PlanError
@@ -56,7 +57,8 @@ HIDDEN_EVERY = 20.0
 @dataclass(frozen=True)
 class Record:
     """One quantized weight, as reported: error is the relative squared output error (weight error without statistics);
-    tokens is how many calibration tokens its layer saw (experts: the least of any)."""
+    tokens is how many calibration tokens its layer saw (experts: the least of any); notes is what the solver told:
+    `feedback_share`, rho of quant/ldlq.py, and `rows_recoded`, rows that got a wider scale."""
 
     parameter: str
     scheme: str
@@ -64,6 +66,7 @@ class Record:
     bits_per_weight: float
     error: float
     tokens: int
+    notes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,12 +133,15 @@ class Compilation:
         self.skipped = {k: v for k, v in skipped(self.skeleton.model).items() if "3-D" in v}
         resolved = plan.resolve(self.weights, inside, tied=tied, only_kept=self.skipped)
         self.schemes: dict[str, Scheme] = {}
+        self.by_fisher: set[str] = set()
         needs_stats = False
         for name, scheme in resolved.items():
             if scheme is not None:
-                stored, rounding = plan_solver(scheme, self.solver(name))
+                stored, rounding = plan_solver(scheme, self.solver(name, scheme))
                 self.schemes[name] = stored
                 needs_stats |= rounding.needs_stats or "scale" in stored.transforms
+                if rounding.needs_fisher:
+                    self.by_fisher.add(name)
         if self.schemes and isinstance(source, NativeSource):
             raise FormatError(f"{source.path}: already quantized with 'bitpalette'; give the unquantized checkpoint")
         if needs_stats and calibration is None:
@@ -179,7 +185,7 @@ class Compilation:
         self.skeleton.fold_in(fold)
         return ""
 
-    def solver(self, name: str) -> str:
+    def solver(self, name: str, scheme: Scheme) -> str:
         """Embeddings are looked up, not multiplied: their rounding is to nearest, unless they are the head as well.
         Layers outside the blocks, the head apart, are not calibrated."""
         weight = self.weights[name]
@@ -290,7 +296,7 @@ class Compilation:
     def _stored_names(self, name: str) -> list[str]:
         if name not in self.schemes:
             return [name]
-        return [stored_name(name, field) for field in field_specs(self.schemes[name], self.weights[name].shape)]
+        return [stored_name(name, key) for key in field_specs(self.schemes[name], self.weights[name].shape)]
 
     def _check_output(self) -> None:
         if self.out.exists() and not self.out.is_dir():
@@ -387,6 +393,8 @@ class _Run:
         blocks = len(self.skeleton.blocks)
         done = len(self.journal.parts)
         self.c.events.part(done, blocks + 1)
+        if self.c.calibration is not None and done <= blocks:
+            self._fisher()
         if self.store is not None and done <= blocks:
             self._collect(self.store)
         elif self.c.calibration is not None and done <= blocks:
@@ -411,6 +419,17 @@ class _Run:
             first, self.stream.hidden = kept
         for i in range(first, block):
             self._advance(i)
+
+    def _fisher(self) -> None:
+        """The Fisher diagonals that solvers ask for, of the original model, kept in the work folder."""
+        assert self.c.calibration is not None
+        if not self.c.by_fisher or self.journal.has_fisher():
+            return
+        weights = {n: w for n, w in self.c.weights.items() if n in self.c.by_fisher}
+        self.c.events.note(f"Fisher diagonals of {len(weights)} weights: {self.c.calibration.tokens} tokens, backwards")
+        model = load_model(self.c.source, torch.float32)
+        tokens = self._tokens(self.c.calibration)
+        self.journal.save_fisher(fisher_diagonal(model, weights, tokens, self.c.plan.seed))
 
     def _tokens(self, calibration: Calibration) -> Tensor:
         kept = self.journal.tokens()
@@ -500,15 +519,18 @@ class _Run:
                 continue
             start = time.monotonic()
             qt, record = self._quantize(name, w, stats.pop(name, None))
-            for field, value in qt.fields.items():
-                self.writer.write(stored_name(name, field), value)
+            for key, value in qt.fields.items():
+                self.writer.write(stored_name(name, key), value)
             self.c.events.layer(record, time.monotonic() - start)
             yield record
 
     def _quantize(self, name: str, w: Tensor, stats: Any) -> tuple[QuantizedTensor, Record]:
-        weight, scheme, solver = self.c.weights[name], self.c.schemes[name], self.c.solver(name)
+        weight, scheme = self.c.weights[name], self.c.schemes[name]
+        solver = self.c.solver(name, scheme)
         if weight.kind == "conv1d":
             w = w.T
+        if name in self.c.by_fisher:
+            stats = replace(stats, fisher=self.journal.fisher(name))
         if solver == "rtn":
             stats = [None] * w.shape[0] if w.ndim == 3 else None
         try:
@@ -521,7 +543,7 @@ class _Run:
                 tokens = stats.tokens if stats is not None else 0
         except ValueError as problem:
             raise PlanError(f"{name}: {problem}; give it another scheme (--set) or --keep it") from problem
-        return qt, Record(name, str(scheme), tuple(w.shape), round(qt.bits_per_weight, 6), error, tokens)
+        return qt, Record(name, str(scheme), tuple(w.shape), round(qt.bits_per_weight, 6), error, tokens, qt.notes)
 
     def _one(self, w: Tensor, scheme: Scheme, solver: str, stats: Stats | None) -> tuple[QuantizedTensor, float]:
         qt = quantize_tensor(w, scheme, solver=solver, stats=stats, seed=self.c.plan.seed)

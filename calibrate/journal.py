@@ -22,6 +22,7 @@ from ..formats.errors import FormatError
 
 JOB = "job.json"
 PARTS = "journal.jsonl"
+FISHER = "fisher.safetensors"
 TOKENS = "tokens.safetensors"
 
 
@@ -83,6 +84,20 @@ class Journal:
         """The calibration set kept by the run that goes on here."""
         path = self.work / TOKENS
         return _load(path)["tokens"] if path.exists() else None
+
+    def save_fisher(self, fisher: dict[str, Tensor]) -> None:
+        """Keep the Fisher diagonals, by parameter."""
+        self._save(self.work / FISHER, fisher)
+
+    def has_fisher(self) -> bool:
+        return (self.work / FISHER).exists()
+
+    def fisher(self, name: str) -> Tensor:
+        """That of one parameter, float32 [out, in]."""
+        from safetensors import safe_open
+
+        with safe_open(self.work / FISHER, "pt") as file:
+            return file.get_tensor(name).clone()
 
     def save_hidden(self, block: int, hidden: list[Tensor], every: float) -> None:
         """Keep the hidden states at the input of `block`, unless some were kept within the last `every` seconds."""

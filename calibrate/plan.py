@@ -39,7 +39,8 @@ class Plan:
 
     linear: scheme of linear layers inside the blocks. head: of the output head and any other linear layer outside the
     blocks. embedding: of token embeddings. None keeps 16 bits. rules: exceptions, in order. fold: where schemes rotate
-    and the architecture allows, fold the rotation of the residual stream into the weights beside it.
+    and the architecture allows, fold the rotation of the residual stream into the weights beside it. tune: fit scales
+    and norms to the original model's output afterwards (calibrate/tune.py).
     """
 
     linear: Scheme | None
@@ -49,6 +50,7 @@ class Plan:
     solver: str = "gptq"
     seed: int = 0
     fold: bool = False
+    tune: bool = False
 
     def resolve(
         self,
@@ -116,6 +118,7 @@ class Plan:
             "solver": self.solver,
             "seed": self.seed,
             "fold": self.fold,
+            "tune": self.tune,
         }
 
     @staticmethod
@@ -134,6 +137,7 @@ class Plan:
                 values.get("solver", "gptq"),
                 values.get("seed", 0),
                 values.get("fold", False),
+                values.get("tune", False),
             )
             for value, kind in [(plan.solver, str), (plan.seed, int), *((rule.pattern, str) for rule in plan.rules)]:
                 if not isinstance(value, kind):

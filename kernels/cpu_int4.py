@@ -14,10 +14,11 @@ from torch import Tensor
 from ..quant.bitstream import pack_bits, unpack_bits
 from ..quant.codec import group_count
 from ..quant.int import IntScheme
-from ..quant.native import DTYPES, chosen_isa, cpu_module, isa_index, why_no_cpu_module
+from ..quant.native import DTYPES, cpu_module, why_no_cpu_module
 from ..quant.scheme import Scheme
 from ..quant.tensor import QuantizedTensor
 from .base import Packed
+from .isa import OnInstructionSet
 from .rows import row_blocks
 
 BLOCK_ROWS, TILE_COLUMNS = 16, 32
@@ -27,15 +28,10 @@ or an evaluation, which gets exact products."""
 WIDE_BLOCK_ELEMENTS = 1 << 19
 
 
-class CpuInt4Kernel:
+class CpuInt4Kernel(OnInstructionSet):
     name = "cpu_int4"
     rank = 100
     canonical = False
-
-    def __init__(self, isa: str | None = None) -> None:
-        """isa: the instruction set to run with; None: the fastest, or what BITPALETTE_CPU_ISA says when first used."""
-        self._isa = isa
-        self._isa_index: int | None = None
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -51,7 +47,7 @@ class CpuInt4Kernel:
     def prepare(self, qt: QuantizedTensor) -> Packed:
         scheme, (out, n) = _int_scheme(qt.scheme), (qt.shape[0], qt.shape[1])
         if why_no_cpu_module() is None:
-            self._resolve_isa()  # a forced set that is missing fails at load, not in the middle of a forward
+            self.resolve_isa()  # a forced set that is missing fails at load, not in the middle of a forward
         blocks, tiles, groups = -(-out // BLOCK_ROWS), -(-n // TILE_COLUMNS), group_count(n, scheme.group_size)
         codes = torch.zeros(blocks * BLOCK_ROWS, tiles * TILE_COLUMNS, dtype=torch.uint8)
         codes[:out, :n] = unpack_bits(qt.fields["codes"].view(out, -1), n, 4)
@@ -112,11 +108,6 @@ class CpuInt4Kernel:
     def _decode(self, packed: Packed, index: Tensor, out: Tensor) -> None:
         self._layer(packed).rows(index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
 
-    def _resolve_isa(self) -> int:
-        if self._isa_index is None:
-            self._isa_index = isa_index(self._isa or chosen_isa())
-        return self._isa_index
-
     def _layer(self, packed: Packed) -> Any:
         """The native module's Int4Layer: addresses of the tensors that `packed` keeps alive."""
         layer = packed.handle
@@ -124,7 +115,7 @@ class CpuInt4Kernel:
             t, scheme = packed.tensors, _int_scheme(packed.scheme)
             zero = t["zero_point"].data_ptr() if "zero_point" in t else 0
             addresses = (t["codes"].data_ptr(), t["scale"].data_ptr(), zero)
-            layer = cpu_module().Int4Layer(self._resolve_isa(), *addresses, *packed.shape, scheme.group_size)
+            layer = cpu_module().Int4Layer(self.resolve_isa(), *addresses, *packed.shape, scheme.group_size)
             packed.handle = layer
         return layer
 

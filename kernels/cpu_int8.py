@@ -10,25 +10,21 @@ import torch
 from torch import Tensor
 
 from ..quant.int import IntScheme
-from ..quant.native import chosen_isa, cpu_module, isa_index, why_no_cpu_module
+from ..quant.native import cpu_module, why_no_cpu_module
 from ..quant.scheme import Scheme
 from .base import Packed
+from .isa import OnInstructionSet
 from .reference import ReferenceKernel
 
 MOST_TOKENS = 8
 
 
-class CpuInt8Kernel(ReferenceKernel):
+class CpuInt8Kernel(OnInstructionSet, ReferenceKernel):
     """As the reference, which holds the canonical fields and decodes rows, but for few tokens."""
 
     name = "cpu_int8"
     rank = 110
     canonical = True
-
-    def __init__(self, isa: str | None = None) -> None:
-        """isa: the instruction set to run with; None: the fastest, or what BITPALETTE_CPU_ISA says when first used."""
-        self._isa = isa
-        self._isa_index: int | None = None
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -42,15 +38,13 @@ class CpuInt8Kernel(ReferenceKernel):
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         if x.shape[0] > MOST_TOKENS:
             return super().linear(x, packed, bias)
-        if self._isa_index is None:
-            self._isa_index = isa_index(self._isa or chosen_isa())
         if packed.handle is None:
             packed.handle = packed.tensors["scale"].float().flatten()
         z = x.float().contiguous()
         y = torch.empty(z.shape[0], packed.shape[0])
         codes, scale = packed.tensors["codes"], packed.handle
         cpu_module().int8_linear(
-            self._isa_index,
+            self.resolve_isa(),
             codes.data_ptr(),
             scale.data_ptr(),
             *packed.shape,

@@ -63,8 +63,9 @@ class QuantEmbedding(QuantModule):
         self._serves_linear = True
 
     def _choose(self, weight: str, device: torch.device) -> Kernel:
+        kernel = super()._choose(weight, device)
         # gathering alone gains nothing from another layout
-        return super()._choose(weight, device) if self._serves_linear else kernels()["reference"]
+        return kernel if self._serves_linear or kernel.canonical else kernels()["reference"]
 
     def to_tensor(self) -> QuantizedTensor:
         """The table in canonical layout."""

@@ -26,39 +26,38 @@ def row_blocks(out_features: int, in_features: int, elements: int = BLOCK_ELEMEN
 def decode_rows(qt: QuantizedTensor, index: Tensor | slice) -> Tensor:
     """float32 [n, in]: rows of a two-dimensional weight as the codec stores it, transforms not undone.
 
-    index: int64 [n], or a slice. Codecs that do not store rows one after another are decoded whole.
+    index: int64 [n], or a slice. Where the codec's rows hang together (tiles), whole groups of them are decoded; where
+    a field is not stored row by row (per input channel), it goes to every row.
     """
     codec, (out_features, in_features) = get_codec(qt.scheme.codec), (qt.shape[0], qt.shape[1])
     if isinstance(index, slice) and (index.start, index.stop) == (0, out_features):
         return codec.decode(qt)
-    by_row = _fields_by_row(qt.scheme, out_features, in_features)
-    if by_row is None:
-        return codec.decode(qt)[index]
-    fields = {name: qt.fields[name] for name in codec.fields(qt.scheme, (out_features, in_features))}
-    for name in by_row:
-        field = fields[name]
-        taken = field.view(out_features, -1)[index]
-        fields[name] = taken.flatten() if field.dim() == 1 else taken.view(-1, *field.shape[1:])
-    n = fields["codes"].numel() * out_features // qt.fields["codes"].numel()
-    if n == 0:
-        return torch.empty(0, in_features, device=qt.fields["codes"].device)
+    device = qt.fields["codes"].device
+    rows = torch.arange(out_features, device=device)[index] if isinstance(index, slice) else index.to(device)
+    if rows.numel() == 0:
+        return torch.empty(0, in_features, device=device)
+    height = codec.rows_together
+    groups, place = torch.unique(rows // height, return_inverse=True) if height > 1 else (rows, None)
+    split = _fields_by_row(qt.scheme, out_features, in_features)
+    fields = {}
+    for name in codec.fields(qt.scheme, (out_features, in_features)):
+        field = qt.fields[name]
+        if name in split:
+            parts = -(-out_features // height)
+            if name != "codes" and parts * height != out_features:  # a part for each row: the last group may be short
+                field = torch.cat([field, field[-1:].expand(parts * height - out_features, *field.shape[1:])])
+            taken = field.view(parts, -1)[groups]
+            field = taken.flatten() if field.dim() == 1 else taken.view(-1, *field.shape[1:])
+        fields[name] = field
     bare = qt.scheme.replace(transforms=())
-    return codec.decode(QuantizedTensor(bare, (n, in_features), fields))
+    w = codec.decode(QuantizedTensor(bare, (len(groups) * height, in_features), fields))
+    return w if place is None else w[place * height + rows % height]
 
 
 @cache
-def _fields_by_row(scheme: Scheme, out_features: int, in_features: int) -> frozenset[str] | None:
-    """The fields that grow with the rows, in proportion; None where one grows otherwise (tiles of rows)."""
+def _fields_by_row(scheme: Scheme, out_features: int, in_features: int) -> frozenset[str]:
+    """The fields that grow with the rows."""
     codec = get_codec(scheme.codec)
-    one, all_ = codec.fields(scheme, (1, in_features)), codec.fields(scheme, (out_features, in_features))
-    two = codec.fields(scheme, (2, in_features))
-    names = set()
-    for name, (shape, _) in all_.items():
-        if two[name][0] == one[name][0]:
-            if shape != one[name][0]:
-                return None
-        elif shape[0] == out_features * one[name][0][0] and shape[1:] == one[name][0][1:]:
-            names.add(name)
-        else:
-            return None
-    return frozenset(names) if "codes" in names else None
+    one = codec.fields(scheme, (codec.rows_together, in_features))
+    two = codec.fields(scheme, (2 * codec.rows_together, in_features))
+    return frozenset(name for name in one if one[name] != two[name])

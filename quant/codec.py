@@ -19,7 +19,7 @@ class Grid(Protocol):
     """The levels that one matrix [out, in] may take, while a solver chooses among them.
 
     A solver calls `fit` once (then `fit_group`, if it likes, for one column group after another, with the weights as
-    error feedback has left them), then `nearest` for columns in any order, then `pack`.
+    error feedback has left them), then `nearest` for blocks of columns in any order, then `pack`.
     """
 
     group_size: int
@@ -32,15 +32,20 @@ class Grid(Protocol):
         """As `fit`, for the columns of one group only: w [out, columns of the group]."""
 
     def nearest(self, w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes uint8 [out, n], values float32 [out, n]) nearest to w [out, n], the given columns of the matrix."""
+        """(codes uint8, values float32 [out, n]) nearest to w [out, n], the given columns of the matrix: whole blocks
+        (`Scheme.block`; the matrix's last may be short). Dimension 1 of the codes counts blocks; all else about them
+        is the grid's."""
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        """The codec's fields, canonical layout, from codes [out, in] and what `fit` chose."""
+        """The codec's fields, canonical layout, from what `fit` chose and the codes of all blocks in natural order,
+        concatenated along dimension 1."""
 
 
 class Codec(Protocol):
     name: str
     scheme_class: type[Scheme]
+    rows_together: int
+    """Rows whose codes cannot be told apart: 1, or 16 for tiles. Fields have a part for each such group of rows."""
 
     def fields(self, scheme: Any, shape: tuple[int, int]) -> Fields:
         """What a weight [out_features, in_features] is stored as; "codes" is flat uint8, always there."""

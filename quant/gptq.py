@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .codec import get_codec
-from .scheme import Scheme
+from .factor import DAMPING, inverse_factor
+from .scheme import Scheme, SchemeError
+from .solution import Solution
 from .stats import Stats
-
-DAMPING = 0.01
-"""Share of the mean of diag(H) added to the diagonal, as in the paper."""
 
 BLOCK = 128
 """Columns whose feedback to the rest is applied in one matrix product; it changes the time, not the result."""
@@ -26,11 +25,14 @@ BLOCK = 128
 class Gptq:
     name = "gptq"
     needs_stats = True
+    needs_fisher = False
 
-    def solve(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> dict[str, Tensor]:
-        """Fields for w, float32 [out, in]. ValueError where the Hessian is not finite."""
+    def solve(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Solution:
+        """Fields for w, float32 [out, in]. ValueError where the Hessian is not finite, SchemeError for block codes."""
         if stats is None:
             raise ValueError("gptq needs calibration statistics")
+        if scheme.block != 1:
+            raise SchemeError(f"gptq rounds column by column, {scheme} codes {scheme.block} at a time: use solver ldlq")
         grid = get_codec(scheme.codec).grid(scheme, (w.shape[0], w.shape[1]), w.device)
         energy = stats.hessian.diagonal()
         grid.fit(w, energy / energy.mean().clamp(min=1e-30) + DAMPING)
@@ -49,32 +51,7 @@ class Gptq:
             rest[stop:].addmm_(feedback[start:stop, stop:].T, errors, alpha=-1)
         natural = torch.empty_like(codes.T)
         natural[:, order] = codes.T
-        return grid.pack(natural)
-
-
-def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """Upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, in the dtype of H [n, n].
-
-    From one Cholesky factorisation of H with rows and columns reversed: H = R R^T with R upper triangular, U = R^-1.
-    float32 first; where that fails or leaves the range, float64; where that fails, ten times the damping, and so on.
-    Columns that calibration never saw (zero on the diagonal) get the mean: they are rounded without feedback.
-    """
-    if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("the Hessian holds NaN or infinite values; the calibration activations overflowed")
-    mean = float(hessian.diagonal().mean())
-    if mean <= 0:  # no input at all
-        return torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    while True:
-        for dtype in (torch.float32, torch.float64):
-            h = hessian.to(dtype, copy=True)
-            h.diagonal().add_(torch.where(h.diagonal() == 0, mean, damping * mean))
-            lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
-            if int(info) == 0:
-                eye = torch.eye(h.shape[0], dtype=dtype, device=h.device)
-                factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).to(hessian.dtype)
-                if bool(torch.isfinite(factor).all()) and bool((factor.diagonal() > 0).all()):
-                    return factor
-        damping *= 10
+        return Solution(grid.pack(natural))
 
 
 SOLVER = Gptq()

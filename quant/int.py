@@ -145,6 +145,7 @@ def _fit(scheme: IntScheme, w: Tensor, importance: Tensor | None) -> tuple[Tenso
 class IntCodec:
     name = "int"
     scheme_class = IntScheme
+    rows_together = 1
 
     def fields(self, scheme: IntScheme, shape: tuple[int, int]) -> Fields:
         out, n = shape

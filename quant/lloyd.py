@@ -1,6 +1,6 @@
 """Tables of least squared error: Lloyd-Max for the normal distribution, and k-means of given numbers.
 
-Both satisfy Lloyd's two conditions (IEEE Trans. IT 28, 1982; Max, IRE Trans. IT 6, 1960): a boundary lies midway
+All satisfy Lloyd's two conditions (IEEE Trans. IT 28, 1982; Max, IRE Trans. IT 6, 1960): a boundary lies midway
 between two levels, and a level is the mean of what falls to it.
 """
 
@@ -11,6 +11,8 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+
+from .native import cpu_module
 
 ITERATIONS = 50
 _SORT = 1 << 21
@@ -49,7 +51,8 @@ def kmeans_1d(values: Tensor, weights: Tensor, entries: int) -> Tensor:
 
     values: [rows, n]; weights: [rows, n] or [n], not negative. Start: levels spread as the cube root of the density
     (Panter and Dite), then Lloyd's iteration on the sorted numbers with prefix sums. A level that nothing falls to
-    stays where it is. A local optimum, as k-means is.
+    stays where it is. A local optimum, as k-means is, on any device and of rows of any length; `optimal_kmeans_1d` has
+    the best one, for rows.
     """
     weights = weights.expand(values.shape)
     rows = max(1, _SORT // values.shape[1])
@@ -57,6 +60,20 @@ def kmeans_1d(values: Tensor, weights: Tensor, entries: int) -> Tensor:
         _kmeans(v.double(), w.double(), entries) for v, w in zip(values.split(rows), weights.split(rows), strict=True)
     ]
     return torch.cat(parts).float()
+
+
+def optimal_kmeans_1d(values: Tensor, weights: Tensor, entries: int) -> Tensor:
+    """The levels of least weighted squared error for every row: float32 [rows, entries], ascending, on values' device.
+
+    values, weights: [rows, n], finite, weights not negative. By dynamic programming in native code (csrc/cpu/kmeans.h)
+    on torch's number of threads, of the order of rows * entries * n log n. NativeError where that was not built.
+    """
+    rows, n = values.shape
+    cpu = cpu_module()
+    v, w = (t.detach().to("cpu", torch.float32).contiguous() for t in (values, weights))
+    levels = torch.empty(rows, entries, device="cpu")
+    cpu.kmeans_rows(v.data_ptr(), w.data_ptr(), rows, n, entries, levels.data_ptr(), torch.get_num_threads())
+    return levels.to(values.device)
 
 
 def _kmeans(values: Tensor, weights: Tensor, entries: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Codec `lut`: levels from a table of 4 to 256 entries, value = table[code] * scale.
 
 Tables: "nf4" (QLoRA), "lloyd" (Lloyd-Max for N(0, 1): right after a rotation), "kmeans" (fitted to the matrix, one
-table or one a row as in SqueezeLLM) and "values" (given in the scheme).
+table or one a row as in SqueezeLLM) and "values" (given in the scheme). With dims = 2 the entries are points in the
+plane, least squares for N(0, I) ("lloyd"), and one code stands for two neighbouring columns (HIGGS): `lut_pairs.py`.
 
     codes  uint8 [out * row_bytes(in, bits)]   bits = ceil(log2 entries); rows one after another
-    table  float16 [entries], ascending        table_scope "row": [out, entries]
+                                               dims 2: row_bytes(ceil(in / 2), bits)
+    table  float16 [entries], ascending        table_scope "row": [out, entries]; dims 2: [entries, 2]
     scale  float16 [out, groups]               may be negative: the table's longer side serves either sign
                                                (not stored with scaled = false: the table is in units of the weights)
 """
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from .bitstream import pack_bits, row_bytes, unpack_bits
 from .clipping import LADDER, chunk_rows, least_error_scale
-from .codec import Fields, group_count, group_of_column
+from .codec import Fields, Grid, group_count, group_of_column
 from .lloyd import kmeans_1d, lloyd_max
+from .lut_pairs import PairGrid
 from .scheme import Scheme, SchemeError, check_flag, check_integer
 from .tensor import QuantizedTensor
 
@@ -42,7 +45,8 @@ _ROUNDS = 2
 @dataclass(frozen=True)
 class LutScheme(Scheme):
     """entries 4..256; table, see `TABLES`; values: the table "values" itself, ascending; table_scope: "tensor", or
-    "row" for k-means; group_size in columns, 0 for the whole row; scaled: false only for "kmeans" and "values"."""
+    "row" for k-means; group_size in columns, 0 for the whole row; scaled: false only for "kmeans" and "values"; dims:
+    columns that one code stands for, 1, or 2 with the table "lloyd"."""
 
     codec: ClassVar[str] = "lut"
     entries: int = 16
@@ -51,11 +55,13 @@ class LutScheme(Scheme):
     table_scope: str = "tensor"
     group_size: int = 0
     scaled: bool = True
+    dims: int = 1
 
     def validate(self) -> None:
         check_integer("entries", self.entries, 4, 256)
         check_integer("group_size", self.group_size, 0)
         check_flag("scaled", self.scaled)
+        check_integer("dims", self.dims, 1, 2)
         if self.table not in TABLES:
             raise SchemeError(f"table is one of {list(TABLES)}; got {self.table!r}")
         if self.table_scope not in SCOPES:
@@ -70,6 +76,10 @@ class LutScheme(Scheme):
             raise SchemeError(f'scaled false needs the table "kmeans" or "values"; got {self.table!r}')
         if not self.scaled and self.group_size:
             raise SchemeError(f"group_size {self.group_size} says which columns share a scale; scaled is false")
+        if self.dims == 2 and self.table != "lloyd":
+            raise SchemeError(f'dims 2 needs the table "lloyd"; got {self.table!r}')
+        if self.dims == 2 and self.group_size % 2:
+            raise SchemeError(f"dims 2 codes pairs of columns: group_size is even; got {self.group_size}")
         self._validate_values()
 
     def _validate_values(self) -> None:
@@ -96,8 +106,12 @@ class LutScheme(Scheme):
             raise SchemeError(f"group_size {self.group_size} is wider than the weight's {shape[1]} columns")
 
     @property
+    def block(self) -> int:
+        return self.dims
+
+    @property
     def bits(self) -> int:
-        """Bits of one code."""
+        """Bits of one code, which stands for `dims` weights."""
         return (self.entries - 1).bit_length()
 
 
@@ -133,7 +147,7 @@ class LutGrid:
         self.table: Tensor | None = None  # k-means: comes from `fit`
         fixed = _fixed_levels(scheme)
         if fixed:
-            self._set_table(torch.tensor(fixed, dtype=torch.float64, device=device)[None])
+            self.set_table(torch.tensor(fixed, dtype=torch.float64, device=device)[None])
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> None:
         if self.scheme.table == "kmeans":
@@ -141,7 +155,7 @@ class LutGrid:
             if self.scheme.scaled:
                 self.scale = rms.sqrt().to(torch.float16).float()
             for _ in range(_ROUNDS if self.scheme.scaled else 1):
-                self._set_table(self._kmeans(w, importance))
+                self.set_table(self._kmeans(w, importance))
                 self._fit_scales(w, importance)
         else:
             self._fit_scales(w, importance)
@@ -176,7 +190,8 @@ class LutGrid:
             raise RuntimeError("a k-means table comes from `fit`; call it first")
         return self.table
 
-    def _set_table(self, levels: Tensor) -> None:
+    def set_table(self, levels: Tensor) -> None:
+        """Take these levels [tables, entries], ascending, as fp16. SchemeError where they do not fit in it."""
         stored = levels.to(torch.float16).float()
         if not bool(stored.isfinite().all()):
             raise SchemeError(f"table entries up to {float(levels.abs().max()):.3g} do not fit in fp16")
@@ -285,28 +300,32 @@ def _covering(w: Tensor, low: Tensor, high: Tensor) -> Tensor:
 class LutCodec:
     name = "lut"
     scheme_class = LutScheme
+    rows_together = 1
 
     def fields(self, scheme: LutScheme, shape: tuple[int, int]) -> Fields:
         out, n = shape
         table = (out, scheme.entries) if scheme.table_scope == "row" else (scheme.entries,)
         fields: Fields = {
-            "codes": ((out * row_bytes(n, scheme.bits),), torch.uint8),
-            "table": (table, torch.float16),
+            "codes": ((out * row_bytes(-(-n // scheme.dims), scheme.bits),), torch.uint8),
+            "table": ((scheme.entries, 2) if scheme.dims == 2 else table, torch.float16),
         }
         if scheme.scaled:
             fields["scale"] = ((out, group_count(n, scheme.group_size)), torch.float16)
         return fields
 
-    def grid(self, scheme: LutScheme, shape: tuple[int, int], device: torch.device) -> LutGrid:
-        return LutGrid(scheme, shape, device)
+    def grid(self, scheme: LutScheme, shape: tuple[int, int], device: torch.device) -> Grid:
+        return PairGrid(scheme, shape, device) if scheme.dims == 2 else LutGrid(scheme, shape, device)
 
     def decode(self, qt: QuantizedTensor) -> Tensor:
         scheme = qt.scheme
         assert isinstance(scheme, LutScheme)
         out, n = qt.shape
-        codes = unpack_bits(qt.fields["codes"].view(out, -1), n, scheme.bits).long()
+        codes = unpack_bits(qt.fields["codes"].view(out, -1), -(-n // scheme.dims), scheme.bits).long()
         table = qt.fields["table"].float()
-        w = table.gather(-1, codes) if scheme.table_scope == "row" else table[codes]
+        if scheme.dims == 2:
+            w = table[codes].view(out, -1)[:, :n]
+        else:
+            w = table.gather(-1, codes) if scheme.table_scope == "row" else table[codes]
         if not scheme.scaled:
             return w
         return w * qt.fields["scale"].float()[:, group_of_column(n, scheme.group_size, codes.device)]

@@ -61,6 +61,7 @@ def _mix(z: int) -> int:
 
 class Rotate:
     name = "rotate"
+    by_weight = False
 
     def fields(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"signs": ((-(-shape[1] // 8),), torch.uint8)}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .codec import get_codec
 from .scheme import Scheme
+from .solution import Solution
 from .stats import Stats
 
 CHUNK = 1 << 22
@@ -16,16 +17,18 @@ CHUNK = 1 << 22
 class RoundToNearest:
     name = "rtn"
     needs_stats = False
+    needs_fisher = False
 
-    def solve(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> dict[str, Tensor]:
+    def solve(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Solution:
         """Fields of the nearest codes; with statistics the clipping weighs each column by its mean square input."""
         grid = get_codec(scheme.codec).grid(scheme, (w.shape[0], w.shape[1]), w.device)
         grid.fit(w, None if stats is None else stats.hessian.diagonal())
-        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-        for columns in torch.arange(w.shape[1], device=w.device).split(max(1, CHUNK // w.shape[0])):
-            part = slice(int(columns[0]), int(columns[-1]) + 1)
-            codes[:, part] = grid.nearest(w[:, part], columns)[0]
-        return grid.pack(codes)
+        step = max(1, CHUNK // w.shape[0] // scheme.block) * scheme.block
+        parts = [
+            grid.nearest(w[:, int(columns[0]) : int(columns[-1]) + 1], columns)[0]
+            for columns in torch.arange(w.shape[1], device=w.device).split(step)
+        ]
+        return Solution(grid.pack(parts[0] if len(parts) == 1 else torch.cat(parts, 1)))
 
 
 SOLVER = RoundToNearest()

@@ -92,6 +92,7 @@ def rounding_of(scheme: Scheme, seed: int = 0) -> Rounding:
 
 class Scale:
     name = "scale"
+    by_weight = True
 
     def fields(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"input_scale": ((shape[1],), torch.float16)}

@@ -41,6 +41,11 @@ class Scheme:
     def validate(self) -> None:
         """Raise SchemeError where a parameter makes no sense on its own."""
 
+    @property
+    def block(self) -> int:
+        """Columns that are coded together: 1, or 2 for pairs, 16 for tiles."""
+        return 1
+
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise SchemeError where the scheme does not fit a weight of `shape` [out_features, in_features]."""
         if len(shape) != 2 or min(shape) < 1:

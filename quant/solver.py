@@ -8,16 +8,19 @@ from torch import Tensor
 
 from .registry import registered
 from .scheme import Scheme, SchemeError
+from .solution import Solution
 from .stats import Stats
 from .tensor import QuantizedTensor
-from .transform import get_transform
+from .transform import derive, get_transform
 
 
 class Solver(Protocol):
     name: str
     needs_stats: bool
+    needs_fisher: bool
+    """Whether the statistics must hold the Fisher diagonal, which takes the whole model and a backward pass."""
 
-    def solve(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> dict[str, Tensor]:
+    def solve(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Solution:
         """The codec's fields for w, float32 [out, in], already transformed, as are the statistics."""
 
 
@@ -50,15 +53,28 @@ def quantize_tensor(
         raise ValueError(f"the weight {list(w.shape)} holds NaN or infinite values")
     if stats is None and (rounding.needs_stats or "scale" in scheme.transforms):
         raise ValueError(f"solver {solver!r} needs calibration statistics (stats=)")
-    w = w.detach().float()
+    w, stats, chosen = transform_weight(w.detach().float(), scheme, stats, seed)
+    solution = rounding.solve(w, scheme, stats)
+    return QuantizedTensor(scheme, tuple(w.shape), {**solution.fields, **chosen}, solution.notes)
+
+
+def transform_weight(
+    w: Tensor, scheme: Scheme, stats: Stats | None, seed: int
+) -> tuple[Tensor, Stats | None, dict[str, Tensor]]:
+    """(w, statistics, fields of the transforms): what the codec is to see of w, float32 [out, in]."""
+    transforms = [get_transform(name) for name in scheme.transforms]
     chosen: dict[str, Tensor] = {}
-    for name in scheme.transforms:
-        transform = get_transform(name)
+    if stats is not None and not any(t.by_weight for t in transforms):
+        chosen, stats = derive(stats, scheme.transforms, w.shape[1], seed, scheme)
+        for transform in transforms:
+            w = transform.apply_weight(w, chosen)
+        return w, stats, dict(chosen)
+    for transform in transforms:
         fields = transform.choose(w, stats, seed, scheme)
         w = transform.apply_weight(w, fields)
         stats = None if stats is None else transform.apply_stats(stats, fields)
         chosen.update(fields)
-    return QuantizedTensor(scheme, tuple(w.shape), {**rounding.solve(w, scheme, stats), **chosen})
+    return w, stats, chosen
 
 
 def plan_solver(scheme: Scheme, solver: str) -> tuple[Scheme, Solver]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+from .factor import inverse_factor
 
 CHUNK = 1 << 22
 """Weights whose error is taken at a time: temporaries of 16 MiB."""
@@ -18,16 +21,30 @@ class Stats:
         change D is tr(D hessian D^T).
     absmean: float32 [in_features], mean over tokens of |x|.
     tokens: how many tokens were seen.
+    fisher: float32 [out_features, in_features], the mean squared gradient of the loss by this layer's weight, where it
+        was collected; of the weight as it stands: statistics behind a transform have none.
     """
 
     hessian: Tensor
     absmean: Tensor
     tokens: int
+    fisher: Tensor | None = None
+    derived: Any = field(default=None, repr=False, compare=False, kw_only=True)
+    """What `transform.derive` made of these statistics last."""
+    _factor: Tensor | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         n = self.absmean.shape[0]
         if tuple(self.hessian.shape) != (n, n):
             raise ValueError(f"hessian {list(self.hessian.shape)} does not fit absmean [{n}]")
+        if self.fisher is not None and (self.fisher.dim() != 2 or self.fisher.shape[1] != n):
+            raise ValueError(f"fisher {list(self.fisher.shape)} is not [out_features, {n}]")
+
+    def factor(self) -> Tensor:
+        """factor.py's Cholesky factor of the damped inverse of the Hessian, computed once."""
+        if self._factor is None:
+            self._factor = inverse_factor(self.hessian)
+        return self._factor
 
 
 def output_error(w: Tensor, q: Tensor, stats: Stats | None) -> float:

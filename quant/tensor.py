@@ -16,12 +16,14 @@ class QuantizedTensor:
     """A weight [out_features, in_features], or a stack of them [experts, out_features, in_features].
 
     fields: {name: Tensor} as `field_specs(scheme, shape)` declares. A stack's "codes" are the experts' codes one
-    after another (flat uint8); every other field has a leading dimension of experts.
+    after another (flat uint8); every other field has a leading dimension of experts. notes: what the solver told of its
+    work; not stored.
     """
 
     scheme: Scheme
     shape: tuple[int, ...]
     fields: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         self.shape = tuple(int(n) for n in self.shape)

@@ -19,6 +19,8 @@ from .stats import Stats
 
 class Transform(Protocol):
     name: str
+    by_weight: bool
+    """Whether `choose` looks at the weight's values; else layers that share an input share all of it."""
 
     def fields(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """What the transform stores for a weight [out_features, in_features]."""
@@ -37,6 +39,23 @@ class Transform(Protocol):
 
     def apply_stats(self, stats: Stats, fields: Mapping[str, Tensor]) -> Stats:
         """The statistics of T x."""
+
+
+def derive(
+    stats: Stats, names: tuple[str, ...], in_features: int, seed: int, scheme: Scheme
+) -> tuple[dict[str, Tensor], Stats]:
+    """(fields, statistics) of transforms that do not go by the weight. The last answer is kept with `stats`: layers
+    that share an input share the rotated Hessian and its factor."""
+    if stats.derived is None or stats.derived[0] != (names, seed):
+        fields: dict[str, Tensor] = {}
+        after, like = stats, stats.hessian.new_empty(0, in_features)
+        for name in names:
+            transform = get_transform(name)
+            chosen = transform.choose(like, after, seed, scheme)
+            after = transform.apply_stats(after, chosen)
+            fields.update(chosen)
+        stats.derived = ((names, seed), fields, after)
+    return stats.derived[1], stats.derived[2]
 
 
 def transform_names() -> list[str]:

@@ -29,7 +29,7 @@ def demo_model() -> Path:
 
 
 def demo(
-    bits: Annotated[int, typer.Option(help="Bits a weight.")] = 4,
+    bits: Annotated[float, typer.Option(help="Bits a weight, 1 to 5 in sixteenths or 6 to 8.")] = 4,
     out: Annotated[
         Path | None, typer.Option(help="Where to keep the result.", show_default="a temporary folder")
     ] = None,
@@ -38,7 +38,7 @@ def demo(
     from ..calibrate.plan import PlanError
 
     if not 1 <= bits <= 8:
-        raise PlanError(f"--bits is 1 to 8; got {bits}")
+        raise PlanError(f"--bits is 1 to 8; got {bits:g}")
     model = demo_model()
     if out is not None:
         _demo(model, bits, out)
@@ -47,7 +47,7 @@ def demo(
         _demo(model, bits, Path(folder) / "packed")
 
 
-def _demo(model: Path, bits: int, out: Path) -> None:
+def _demo(model: Path, bits: float, out: Path) -> None:
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -63,7 +63,7 @@ def _demo(model: Path, bits: int, out: Path) -> None:
     from .text import size
 
     console = Console(highlight=False)
-    console.print(f"1. Compile SmolLM2-135M-Instruct to {bits} bits with GPTQ and rotation, on 16k tokens of prose")
+    console.print(f"1. Compile SmolLM2-135M-Instruct to {bits:g} bits with GPTQ and rotation, on 16k tokens of prose")
     compilation = prepare_compilation(
         str(model), out, make_plan(bits=bits), calibration=Calibration("builtin", 16384, 512, 0)
     )
@@ -84,7 +84,7 @@ def _demo(model: Path, bits: int, out: Path) -> None:
             start = time.perf_counter()
             new = generate(m, ids, 24, min_new_tokens=24)
             speeds[name].append((new.shape[1] - ids.shape[1]) / (time.perf_counter() - start))
-    table = Table("", "bf16", f"{bits} bits")
+    table = Table("", "bf16", f"{bits:g} bits")
     table.add_row("weight file", size(16 * compilation.sizes().all_weights / 8), size(after.size_bytes))
     table.add_row("bits a quantized weight", "16", f"{rates(after)['bits_per_weight']:.3f}")
     table.add_row("perplexity", f"{result.reference_perplexity:.3f}", f"{result.perplexity:.3f}")
@@ -94,5 +94,5 @@ def _demo(model: Path, bits: int, out: Path) -> None:
     table.add_row("tokens a second, greedy", f"{middle['before']:.1f}", f"{middle['after']:.1f}")
     console.print(table)
     console.print(f"3. {PROMPT}")
-    for name, m in (("bf16", reference), (f"{bits} bits", packed)):
+    for name, m in (("bf16", reference), (f"{bits:g} bits", packed)):
         console.print(f"   {name}: {write_on(m, tokenizer, PROMPT, 60, chat=True).strip()}", markup=False)

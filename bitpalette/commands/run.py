@@ -20,15 +20,32 @@ def register(app: typer.Typer) -> None:
 def run(
     model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; new, empty, or of an interrupted run.")],
-    bits: Annotated[int, typer.Option(help="Bits a weight of linear layers: 1 to 8; 16 converts only.")] = 4,
-    codec: Annotated[str, typer.Option(help="int (uniform levels) or lut (a table).")] = "int",
-    solver: Annotated[str, typer.Option(help="rtn, gptq, awq, or awq+gptq.")] = "gptq",
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits a weight of linear layers: 1 to 5 in sixteenths, 6 to 8; 16 converts only.", show_default="4"
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A method by name: trellis, gptq, awq, nf4, higgs, squeezellm.", show_default="trellis"),
+    ] = None,
+    effort: Annotated[
+        str, typer.Option(help="fast, normal, or best: how long to search for trellis codes; best tunes afterwards.")
+    ] = "normal",
+    codec: Annotated[
+        str | None, typer.Option(help="trellis, int (uniform levels) or lut (a table).", show_default="the preset's")
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="rtn, gptq, ldlq, awq, or awq+gptq.", show_default="the preset's")
+    ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Columns that share a scale; 0 is the whole row.", show_default="64")
+        int | None,
+        typer.Option(help="Columns that share a scale; 0 is the whole row. Not of trellis.", show_default="64"),
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for each scale.")] = False,
     rotate: Annotated[
-        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate inputs first.", show_default="with gptq")
+        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate inputs first.", show_default="with feedback")
     ] = None,
     fold: Annotated[
         bool, typer.Option("--fold/--no-fold", help="Fold the rotation into neighbouring weights: faster, less exact.")
@@ -39,12 +56,17 @@ def run(
     keep: Annotated[list[str] | None, typer.Option(help="Pattern of weights to keep at 16 bits.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="PATTERN=SCHEME, such as 'down_proj=bits=8'.")] = None,
     head_bits: Annotated[
-        int | None,
-        typer.Option(help="Bits of the output head; 16 keeps it. Alone, it is meant for both.", show_default="8"),
+        float | None,
+        typer.Option(
+            help="Bits of the output head; 16 keeps it. Alone, it is meant for both.",
+            show_default="trellis: one more than the layers; else 8",
+        ),
     ] = None,
     embed_bits: Annotated[
-        int | None,
-        typer.Option(help="Bits of embeddings; 16 keeps them. Alone, it is meant for both.", show_default="8"),
+        float | None,
+        typer.Option(
+            help="Bits of embeddings; 16 keeps them. Alone, it is meant for both.", show_default="as the head"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random signs and self-written text.")] = 0,
     work: Annotated[
@@ -74,6 +96,8 @@ def run(
     check_device(device)
     plan = make_plan(
         bits=bits,
+        preset=preset,
+        effort=effort,
         codec=codec,
         solver=solver,
         group_size=group_size,
@@ -146,6 +170,7 @@ def compile_with_progress(compilation: Any, as_json: bool) -> dict[str, Any]:
             console.print(
                 f"{record.parameter}  {record.scheme}  {record.bits_per_weight:.3f} bits  "
                 f"error {record.error:.2e}  {seconds:.1f} s"
+                + (f"  {n:.0f} rows with a wider scale" if (n := record.notes.get("rows_recoded")) else "")
             )
 
         compilation.events.layer = layer

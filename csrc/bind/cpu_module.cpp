@@ -8,7 +8,10 @@
 #include "../cpu/int4.h"
 #include "../cpu/int8.h"
 #include "../cpu/isa.h"
+#include "../cpu/kmeans.h"
 #include "../cpu/parallel.h"
+#include "../cpu/trellis_decode.h"
+#include "../cpu/trellis_encode.h"
 
 namespace py = pybind11;
 using namespace bitpalette;
@@ -83,4 +86,46 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("out"), py::arg("in_features"), py::arg("x"),
         py::arg("tokens"), py::arg("y"), py::arg("threads"));
+    m.def(
+        "kmeans_rows",
+        [](uintptr_t values, uintptr_t weights, int64_t rows, int64_t n, int64_t entries, uintptr_t levels,
+           int threads) {
+            const py::gil_scoped_release unlocked;
+            kmeans_rows(at<const float>(values), at<const float>(weights), rows, n, entries, at<float>(levels),
+                        threads);
+        },
+        py::arg("values"), py::arg("weights"), py::arg("rows"), py::arg("n"), py::arg("entries"), py::arg("levels"),
+        py::arg("threads"));
+    m.def(
+        "trellis_encode",
+        [](int isa, uintptr_t x, int64_t tiles, int row_bits, int window, uintptr_t codes, uintptr_t levels,
+           int threads) {
+            const py::gil_scoped_release unlocked;
+            return trellis_encode(isa_from_index(isa), at<const float>(x), tiles, {row_bits, window},
+                                  at<uint8_t>(codes), at<float>(levels), threads);
+        },
+        py::arg("isa"), py::arg("x"), py::arg("tiles"), py::arg("m"), py::arg("window"), py::arg("codes"),
+        py::arg("levels"), py::arg("threads"));
+    m.def(
+        "trellis_decode",
+        [](int isa, uintptr_t codes, uintptr_t scale, int64_t out, int64_t in, int row_bits, int window,
+           uintptr_t index, int64_t n, uintptr_t y, int threads) {
+            const py::gil_scoped_release unlocked;
+            trellis_decode(isa_from_index(isa),
+                           {at<const uint8_t>(codes), at<const float>(scale), out, in, {row_bits, window}},
+                           at<const int64_t>(index), n, at<float>(y), threads);
+        },
+        py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("out"), py::arg("in_features"), py::arg("m"),
+        py::arg("window"), py::arg("index"), py::arg("n"), py::arg("y"), py::arg("threads"));
+    m.def(
+        "trellis_linear",
+        [](int isa, uintptr_t codes, uintptr_t scale, int64_t out, int64_t in, int row_bits, int window, uintptr_t x,
+           int64_t tokens, uintptr_t y, int threads) {
+            const py::gil_scoped_release unlocked;
+            trellis_linear(isa_from_index(isa),
+                           {at<const uint8_t>(codes), at<const float>(scale), out, in, {row_bits, window}},
+                           at<const float>(x), tokens, at<float>(y), threads);
+        },
+        py::arg("isa"), py::arg("codes"), py::arg("scale"), py::arg("out"), py::arg("in_features"), py::arg("m"),
+        py::arg("window"), py::arg("x"), py::arg("tokens"), py::arg("y"), py::arg("threads"));
 }

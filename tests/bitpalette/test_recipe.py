@@ -15,23 +15,79 @@ def int_scheme(**values: Any) -> Scheme:
     return Scheme.from_dict({"codec": "int", **values})
 
 
+def trellis(rate: float, *transforms: str, window: int = 16) -> Scheme:
+    return Scheme.from_dict({"codec": "trellis", "rate": rate, "window": window, "transforms": transforms})
+
+
 def test_defaults() -> None:
     plan = make_plan()
+    assert plan.linear == trellis(4, "rotate", "order")
+    assert plan.head == plan.embedding == trellis(5, "rotate", "order")
+    assert (plan.solver, plan.seed, plan.rules, plan.tune) == ("ldlq", 0, (), False)
+    assert Plan.from_dict(plan.to_dict()) == plan
+    plan = make_plan(codec="int")
     assert plan.linear == int_scheme(bits=4, group_size=64, transforms=["rotate"])
     assert plan.head == plan.embedding == int_scheme(bits=8, group_size=0)
-    assert (plan.solver, plan.seed, plan.rules) == ("gptq", 0, ())
-    assert Plan.from_dict(plan.to_dict()) == plan
+    assert plan.solver == "gptq" and Plan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize(
+    ("options", "codec", "solver"),
+    [
+        ({"bits": 2.25}, "trellis", "ldlq"),
+        ({"bits": 5}, "trellis", "ldlq"),
+        ({"bits": 6}, "int", "gptq"),
+        ({"bits": 3, "solver": "gptq"}, "int", "gptq"),
+        ({"bits": 3.5, "solver": "rtn"}, "trellis", "rtn"),
+        ({"group_size": 32}, "int", "gptq"),
+        ({"asymmetric": True}, "int", "gptq"),
+        ({"codec": "lut"}, "lut", "gptq"),
+        ({"codec": "int", "solver": "ldlq"}, "int", "ldlq"),
+    ],
+)
+def test_what_bits_and_solver_amount_to(options: dict[str, Any], codec: str, solver: str) -> None:
+    plan = make_plan(**options)
+    assert plan.linear is not None and (plan.linear.codec, plan.solver) == (codec, solver)
+
+
+@pytest.mark.parametrize(
+    ("preset", "bits", "solver", "scheme"),
+    [
+        ("trellis", 2.25, "ldlq", {"codec": "trellis", "rate": 2.25, "transforms": ["rotate", "order"]}),
+        ("gptq", 3, "gptq", {"codec": "int", "bits": 3, "group_size": 64, "transforms": ["rotate"]}),
+        ("awq", 4, "awq", {"codec": "int", "bits": 4, "group_size": 64}),
+        ("nf4", 4, "rtn", {"codec": "lut", "table": "nf4", "group_size": 64}),
+        ("higgs", 3, "rtn", {"codec": "lut", "entries": 64, "dims": 2, "transforms": ["rotate"]}),
+        (
+            "squeezellm",
+            3,
+            "squeezellm",
+            {"codec": "lut", "entries": 8, "table": "kmeans", "table_scope": "row", "scaled": False},
+        ),
+    ],
+)
+def test_presets(preset: str, bits: float, solver: str, scheme: dict[str, Any]) -> None:
+    plan = make_plan(preset=preset, bits=bits)
+    assert (plan.linear, plan.solver) == (Scheme.from_dict(scheme), solver)
+
+
+def test_efforts() -> None:
+    fast, best = make_plan(bits=3, effort="fast"), make_plan(bits=3, effort="best")
+    assert fast.linear == trellis(3, "rotate", "order", window=12) and not fast.tune
+    assert fast.head == trellis(4, "rotate", "order", window=12)
+    assert best.linear == trellis(3, "rotate", "order") and best.tune
+    assert Plan.from_dict(best.to_dict()) == best
 
 
 @pytest.mark.parametrize(
     ("options", "rotated"),
     [
-        ({}, True),
+        ({"solver": "gptq"}, True),
         ({"solver": "rtn"}, False),
         ({"solver": "awq"}, False),
         ({"solver": "awq+gptq"}, True),
         ({"solver": "rtn", "rotate": True}, True),
-        ({"rotate": False}, False),
+        ({"codec": "int", "rotate": False}, False),
     ],
 )
 def test_rotation(options: dict[str, Any], rotated: bool) -> None:
@@ -58,7 +114,7 @@ def test_options_of_the_scheme() -> None:
     ],
 )
 def test_head_and_embeddings(head: int | None, embed: int | None, want: tuple[int, int]) -> None:
-    plan = make_plan(head_bits=head, embed_bits=embed)
+    plan = make_plan(codec="int", head_bits=head, embed_bits=embed)
     assert (plan.head, plan.embedding) == (outer_scheme(want[0], None), outer_scheme(want[1], None))
 
 
@@ -67,6 +123,10 @@ def test_outer_schemes() -> None:
     assert outer_scheme(8, 32) == int_scheme(bits=8, group_size=0)  # a scale a row is enough
     assert outer_scheme(6, 32) == int_scheme(bits=6, group_size=32)
     assert outer_scheme(6, None) == int_scheme(bits=6, group_size=64)
+    assert outer_scheme(3.5, None) == outer_scheme(3.5, None, "trellis") == trellis(3.5, "rotate", "order")
+    assert outer_scheme(4, None) == int_scheme(bits=4, group_size=64)
+    assert outer_scheme(4, None, "trellis", 12) == trellis(4, "rotate", "order", window=12)
+    assert outer_scheme(6, None, "trellis") == int_scheme(bits=6, group_size=64)
 
 
 def test_sixteen_bits_keep_everything() -> None:
@@ -78,6 +138,7 @@ def test_sixteen_bits_keep_everything() -> None:
 def test_rules_in_order() -> None:
     plan = make_plan(
         bits=4,
+        codec="int",
         rotate=False,
         keep=["lm_head"],
         set_=["down_proj=bits=8", 'q_proj={"codec": "int", "bits": 2}', "layers.0.*=keep", "re:up=lut,entries=16"],

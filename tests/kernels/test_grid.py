@@ -11,7 +11,7 @@ import torch
 
 from bitpalette.kernels.base import Kernel
 from bitpalette.kernels.cpu_int4 import CpuInt4Kernel
-from bitpalette.kernels.cpu_int8 import CpuInt8Kernel
+from bitpalette.kernels.isa import OnInstructionSet
 from bitpalette.kernels.registry import kernels
 from bitpalette.quant.bitstream import pack_bits
 from bitpalette.quant.codec import codec_names, get_codec
@@ -40,6 +40,8 @@ EXAMPLES: dict[str, list[dict]] = {
         {"codec": "lut", "entries": 5, "table": "values", "values": [-3.0, -1.0, 0.0, 0.5, 2.0]},
         {"codec": "lut", "entries": 8, "table": "kmeans", "table_scope": "row", "scaled": False},
     ],
+    "trellis": [{"codec": "trellis", "rate": m / 16, "window": 12} for m in (16, 23, 24, 36, 40, 64, 80)]
+    + [{"codec": "trellis", "rate": 2.0, "window": window} for window in (14, 16)],
 }
 
 
@@ -49,7 +51,7 @@ def schemes() -> list[Scheme]:
 
 def variants(kernel: Kernel) -> Iterator[tuple[str, Kernel]]:
     """The kernel, once for each instruction set where it has several."""
-    if isinstance(kernel, CpuInt4Kernel | CpuInt8Kernel):
+    if isinstance(kernel, OnInstructionSet):
         for isa in available_isas():
             yield f"{kernel.name}/{isa}", type(kernel)(isa)
     else:

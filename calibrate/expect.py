@@ -1,0 +1,62 @@
+"""How long a compilation will take here: told before it starts.
+
+Counted: matrix products of the calibration passes at the speed that one product shows now, and the search for codes at
+the speed that a few tiles show now. What neither covers (reading, attention, norms) is in FORWARD_OVERHEAD, measured on
+a model of 135 M weights, where it is large.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from ..quant.scheme import Scheme
+from ..quant.solver import quantize_tensor
+
+FORWARD_OVERHEAD = 1.6
+CHOICE_WEIGHTS = 1 << 16
+"""Weights whose coding is timed, for every distinct scheme."""
+
+_TOKENS, _WIDTH = 1024, 1024
+
+
+def expected_seconds(compilation: Any) -> float:
+    """Seconds that `Compilation.run` is expected to take from its start, without tuning."""
+    tokens = 0 if compilation.calibration is None else compilation.calibration.tokens
+    flops = 0.0
+    for name, weight in compilation.weights.items():
+        if compilation.skeleton.block_of(name) is not None:
+            n = weight.shape[-1]
+            flops += 2 * 2 * math.prod(weight.shape) * tokens  # through the original and the quantized block
+            flops += n * n * tokens / 2 * 1.3  # the second moment, half of it, shared by q, k, v and by gate and up
+    seconds = FORWARD_OVERHEAD * flops / _matmul_speed() if flops else 0.0
+    per_weight: dict[Scheme, float] = {}
+    for name, scheme in compilation.schemes.items():
+        bare = scheme.replace(transforms=())
+        if bare not in per_weight:
+            per_weight[bare] = _seconds_per_weight(bare)
+        seconds += per_weight[bare] * math.prod(compilation.weights[name].shape)
+    return seconds
+
+
+def _matmul_speed() -> float:
+    """Operations a second of a float32 product of calibration's size, the best of three."""
+    a, b = torch.ones(_TOKENS, _WIDTH), torch.ones(_WIDTH, _WIDTH)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * _TOKENS * _WIDTH * _WIDTH / best
+
+
+def _seconds_per_weight(scheme: Scheme) -> float:
+    """Of coding by rounding to nearest; feedback adds a few per cent."""
+    w = torch.randn(256, CHOICE_WEIGHTS // 256, generator=torch.Generator().manual_seed(0))
+    quantize_tensor(w[:32], scheme)  # tables, threads, code pages
+    start = time.perf_counter()
+    quantize_tensor(w, scheme)
+    return (time.perf_counter() - start) / w.numel()

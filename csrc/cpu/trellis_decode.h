@@ -1,0 +1,27 @@
+// Decoding codec `trellis`, straight from the canonical layout (trellis_code.h): single rows, and y = x W^T.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "trellis_code.h"
+
+namespace bitpalette {
+
+struct TrellisWeight {
+    const uint8_t* codes; // [ceil(out / 16), ceil(in / 16), 2 m]
+    const float* scale;   // [out]
+    int64_t out, in;
+    TrellisCode code;
+
+    int64_t tiles() const { return (in + trellis_side - 1) / trellis_side; } // in a row of tiles
+};
+
+// y [n, in] float32 = rows `index` of W (index null: all of them, n = out), each exactly float(level) * (scale / 128).
+// std::invalid_argument for sizes, rates, windows or rows that do not exist, or a missing instruction set.
+void trellis_decode(Isa isa, const TrellisWeight& w, const int64_t* index, int64_t n, float* y, int threads);
+
+// y [tokens, out] = x [tokens, in] W^T, in float32.
+void trellis_linear(Isa isa, const TrellisWeight& w, const float* x, int64_t tokens, float* y, int threads);
+
+} // namespace bitpalette

@@ -1,0 +1,76 @@
+#include "trellis_encode.h"
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "parallel.h"
+#include "trellis_search.h"
+
+namespace bitpalette {
+namespace {
+
+const TrellisStepUnit& unit_of(Isa isa) {
+#if BITPALETTE_X86
+    if (isa == Isa::avx512)
+        return trellis_step_avx512;
+#endif
+    return trellis_step_scalar;
+}
+
+// A step's new bits are its state's lowest: weight i has bits offset(i) .. offset(i + 1) - 1 of the tile for itself.
+void pack(const TrellisCode& code, const uint16_t* states, uint8_t* tile) {
+    std::memset(tile, 0, static_cast<size_t>(code.bytes()));
+    for (int i = 0; i < trellis_weights; ++i) {
+        const int bit = code.offset(i);
+        const uint32_t bits = (states[i] & ((1u << code.step(i)) - 1)) << (bit % 8);
+        tile[bit / 8] = static_cast<uint8_t>(tile[bit / 8] | bits);
+        if (bits > 0xff)
+            tile[bit / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+    }
+}
+
+} // namespace
+
+int64_t trellis_encode(Isa isa, const float* x, int64_t tiles, const TrellisCode& code, uint8_t* codes, float* levels,
+                       int threads) {
+    if (!isa_available(isa))
+        throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
+    if (tiles < 0)
+        throw std::invalid_argument("trellis: " + std::to_string(tiles) + " tiles");
+    trellis_check(code);
+    struct Call {
+        const TrellisStepUnit& unit;
+        const float* x;
+        const TrellisCode& code;
+        uint8_t* codes;
+        float* levels;
+        std::atomic<int64_t> exact{0}, broken{0};
+    } call{unit_of(isa), x, code, codes, levels};
+    const auto body = [](void* context, int64_t begin, int64_t end) {
+        Call& c = *static_cast<Call*>(context);
+        // tens of MiB, kept between calls: error feedback makes thousands of calls with one code
+        thread_local std::unique_ptr<TrellisSearch> search;
+        if (!search || !search->is_for(c.unit, c.code))
+            search = std::make_unique<TrellisSearch>(c.unit, c.code);
+        uint16_t states[trellis_weights];
+        for (int64_t k = begin; k < end; ++k) {
+            c.exact += !search->find(c.x + k * trellis_weights, states);
+            uint8_t* tile = c.codes + k * c.code.bytes();
+            pack(c.code, states, tile);
+            for (int i = 0; i < trellis_weights; ++i) {
+                c.broken += c.code.state(tile, i) != states[i];
+                if (c.levels != nullptr)
+                    c.levels[k * trellis_weights + i] = static_cast<float>(trellis_level(states[i]));
+            }
+        }
+    };
+    parallel_for(tiles, threads, body, &call);
+    if (call.broken > 0)
+        throw std::logic_error("trellis: " + std::to_string(call.broken) + " states that do not join; please report");
+    return call.exact;
+}
+
+} // namespace bitpalette
