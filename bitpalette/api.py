@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .calibrate.collect import collecting, expert_stats
-from .calibrate.compile import Compilation, Events, Record
+from .calibrate.compile import Compilation
+from .calibrate.fisher import fisher_diagonal
 from .calibrate.plan import Plan, PlanError
+from .calibrate.report import Events, Record
 from .calibrate.structure import quantizable
 from .calibrate.text import Calibration
 from .formats.base import Source, open_source
 from .formats.manifest import write_manifest
 from .kernels.linear import QuantLinear
 from .quant.scheme import Scheme
-from .quant.solver import quantize_tensor
+from .quant.solver import plan_solver, quantize_tensor
 from .quant.stats import Stats
 from .quant.tensor import QuantizedTensor, stack
 
@@ -70,28 +73,36 @@ def quantize_model(model: Any, plan: Plan | dict, *, tokens: Tensor | None = Non
     """Replace, in place, the layers of a transformers model in memory as `plan` says; returns the model.
 
     tokens: int64 [sequences, length], for solvers that need statistics; they are taken from the unquantized model in
-    one pass. For checkpoints larger than memory there is `compile_checkpoint`. Raises PlanError.
+    one pass. For checkpoints larger than memory there is `compile_checkpoint`, which also folds and tunes: PlanError
+    where the plan asks for that, or cannot be followed.
     """
     from .calibrate.structure import decoder_blocks
     from .hf import replace_modules
 
     if isinstance(plan, dict):
         plan = Plan.from_dict(plan)
+    if plan.fold or plan.tune:
+        raise PlanError(f"{'fold' if plan.fold else 'tune'} is of compile_checkpoint, not of a model in memory")
     weights = quantizable(model)
     blocks = tuple(name + "." for name, _ in decoder_blocks(model))
     chosen = {k: s for k, s in plan.resolve(weights, [k for k in weights if k.startswith(blocks)]).items() if s}
-    calibrated = {k: weights[k] for k in chosen if weights[k].kind != "embedding" or weights[k].head}
+    solvers = {k: plan.solver_for(weights[k], s, k.startswith(blocks)) for k, s in chosen.items()}
+    calibrated = {k: weights[k] for k, solver in solvers.items() if solver != "rtn"}
+    by_fisher = {k: weights[k] for k, s in chosen.items() if plan_solver(s, solvers[k])[1].needs_fisher}
     moments: dict[str, Any] = {}
-    if plan.solver != "rtn":
+    fisher: dict[str, Tensor] = {}
+    if calibrated:
         if tokens is None:
             raise PlanError(f"solver {plan.solver} needs calibration tokens (tokens=)")
+        if by_fisher:
+            fisher = fisher_diagonal(model, by_fisher, tokens, plan.seed)
         with collecting(model, calibrated) as moments, torch.no_grad():
             for batch in tokens.split(4):
                 model(input_ids=batch)
     packed: dict[str, QuantizedTensor] = {}
     for name, scheme in chosen.items():
         w, moment = model.get_parameter(name), moments.get(name)
-        solver = plan.solver if moment is not None else "rtn"
+        solver = solvers[name] if moment is not None else "rtn"  # None: a layer that is never called
         if w.ndim == 3:
             stats = expert_stats(moment) if moment is not None else [None] * len(w)
             pairs = zip(w, stats, strict=True)
@@ -99,6 +110,8 @@ def quantize_model(model: Any, plan: Plan | dict, *, tokens: Tensor | None = Non
         else:
             matrix = w.T if weights[name].kind == "conv1d" else w
             stat = moment.stats() if moment is not None else None
+            if name in fisher and stat is not None:
+                stat = replace(stat, fisher=fisher[name])
             packed[name] = quantize_tensor(matrix, scheme, solver=solver, stats=stat, seed=plan.seed)
     return replace_modules(model, packed)
 
@@ -113,6 +126,7 @@ def compile_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     work: str | Path | None = None,
     stats: str | Path | None = None,
+    tune_seconds: float | None = None,
     events: Events | None = None,
 ) -> list[Record]:
     """Quantize a checkpoint into the folder `out`, a block at a time; what `quantize run` does.
@@ -129,6 +143,7 @@ def compile_checkpoint(
         max_shard_bytes=max_shard_bytes,
         work=work,
         stats=stats,
+        tune_seconds=tune_seconds,
         events=events,
     )
     return compilation.run()
@@ -144,6 +159,7 @@ def prepare_compilation(
     max_shard_bytes: int = 5_000_000_000,
     work: str | Path | None = None,
     stats: str | Path | None = None,
+    tune_seconds: float | None = None,
     events: Events | None = None,
 ) -> Compilation:
     """As `compile_checkpoint`, all checks done and nothing written yet: `.sizes()` tells what `.run()` will write."""
@@ -157,6 +173,7 @@ def prepare_compilation(
         max_shard_bytes=max_shard_bytes,
         work=None if work is None else Path(work),
         stats=None if stats is None else Path(stats),
+        tune_seconds=tune_seconds,
         version=__version__,
         events=events,
     )

@@ -10,14 +10,12 @@ same, and so is the result, byte for byte.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..formats.atomic import PARTIAL, write_atomically
 from ..formats.base import Source
@@ -27,76 +25,23 @@ from ..formats.manifest import is_complete, write_manifest
 from ..formats.native import FORMAT_VERSION, NativeSource, stored_name
 from ..formats.shards import ShardPlan, ShardWriter, plan_shards
 from ..quant.scheme import Scheme, SchemeError
-from ..quant.solver import plan_solver, quantize_tensor
-from ..quant.stats import Stats, output_error
-from ..quant.tensor import QuantizedTensor, field_specs, stack
-from . import stream as streaming
-from .collect import Moment, collecting, finished
-from .fisher import fisher_diagonal
+from ..quant.solver import plan_solver
+from ..quant.tensor import field_specs
 from .fold import find_fold
 from .journal import JOB, PARTS, Journal
 from .plan import Plan, PlanError
+from .report import Events, Record, Sizes
+from .run import Run
 from .skeleton import DTYPES, Skeleton
-from .store import LayerStats, StatsStore
-from .stream import Stream
 from .structure import quantizable, skipped
-from .text import Calibration, CalibrationError, check_length, self_written, sequences
+from .text import Calibration, CalibrationError, check_length
 from .undo import Created
-from .whole import load_model, load_tokenizer
 
 WORK = ".bitpalette"
 """Folder inside the output that holds the journal while a run is unfinished."""
 
 REPORT = "quantization_report.json"
 """File beside the weights: the job that made them, and a record for every quantized weight."""
-
-HIDDEN_EVERY = 20.0
-"""Seconds between two copies of the hidden states on disk: what a killed run computes again at most, roughly."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One quantized weight, as reported: error is the relative squared output error (weight error without statistics);
-    tokens is how many calibration tokens its layer saw (experts: the least of any); notes is what the solver told:
-    `feedback_share`, rho of quant/ldlq.py, and `rows_recoded`, rows that got a wider scale."""
-
-    parameter: str
-    scheme: str
-    shape: tuple[int, ...]
-    bits_per_weight: float
-    error: float
-    tokens: int
-    notes: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Sizes:
-    """Bytes and weights of the result, known beforehand. file_bytes: all weight files and their index, with headers."""
-
-    file_bytes: int
-    source_bytes: int
-    quantized_weights: int
-    quantized_bytes: int
-    all_weights: int
-    files: dict[str, int]
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Average over quantized weights, everything they store counted."""
-        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else 16.0
-
-    @property
-    def file_bits_per_weight(self) -> float:
-        return 8 * self.file_bytes / self.all_weights
-
-
-@dataclass
-class Events:
-    """What a caller is told while a compilation runs."""
-
-    layer: Callable[[Record, float], None] = lambda record, seconds: None
-    part: Callable[[int, int], None] = lambda done, parts: None
-    note: Callable[[str], None] = lambda text: None
 
 
 class Compilation:
@@ -105,7 +50,8 @@ class Compilation:
     source: the checkpoint. plan: what to do. out: the folder to write. calibration: None for solvers without
     statistics. dtype: that hidden states are computed in. stats: a folder of statistics of the original model,
     collected there where it has none yet, and used by any later plan; without it every block's statistics are taken
-    behind the quantized blocks before it. Raises FormatError, PlanError, CalibrationError.
+    behind the quantized blocks before it. tune_seconds: time box of a plan's tuning. Raises FormatError, PlanError,
+    CalibrationError.
     """
 
     def __init__(
@@ -119,12 +65,13 @@ class Compilation:
         max_shard_bytes: int = 5_000_000_000,
         work: Path | None = None,
         stats: Path | None = None,
+        tune_seconds: float | None = None,
         version: str = "",
         events: Events | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise PlanError(f"hidden states are computed in one of {list(DTYPES)}; got {dtype!r}")
-        self.source, self.plan, self.out = source, plan, out
+        self.source, self.plan, self.out, self.tune_seconds = source, plan, out, tune_seconds
         self.dtype, self.version, self.events = DTYPES[dtype], version, events or Events()
         self.skeleton = Skeleton(source)
         tied = self.skeleton.tied
@@ -146,7 +93,10 @@ class Compilation:
             raise FormatError(f"{source.path}: already quantized with 'bitpalette'; give the unquantized checkpoint")
         if needs_stats and calibration is None:
             raise PlanError(f"solver {plan.solver} needs a calibration text (--calib)")
-        self.calibration = calibration if needs_stats else None
+        if plan.tune and calibration is None:
+            raise PlanError("tuning (--effort best) needs a calibration text (--calib)")
+        self.needs_stats = needs_stats
+        self.calibration = calibration if needs_stats or plan.tune else None
         if self.calibration is not None:
             positions = getattr(self.skeleton.model.config, "max_position_embeddings", None)
             check_length(self.calibration.seq_len, positions, source.path)
@@ -186,14 +136,7 @@ class Compilation:
         return ""
 
     def solver(self, name: str, scheme: Scheme) -> str:
-        """Embeddings are looked up, not multiplied: their rounding is to nearest, unless they are the head as well.
-        Layers outside the blocks, the head apart, are not calibrated."""
-        weight = self.weights[name]
-        if weight.head or self.skeleton.block_of(name) is not None:
-            if weight.embedding:  # a scale of its columns or a rotation would have to be undone at every look-up
-                return self.plan.solver.removeprefix("awq+").replace("awq", "rtn")
-            return self.plan.solver
-        return "rtn"
+        return self.plan.solver_for(self.weights[name], scheme, self.skeleton.block_of(name) is not None)
 
     def _entries(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         entries: list[tuple[str, tuple[int, ...], torch.dtype]] = []
@@ -225,6 +168,7 @@ class Compilation:
             "calibration": calibration,
             "stats": "of the original model" if self.stats is not None else "behind the quantized blocks",
             "dtype": dtype,
+            "tune_seconds": self.tune_seconds,
             "max_shard_bytes": max_shard_bytes,
             "format_version": FORMAT_VERSION,
             "bitpalette_version": self.version,
@@ -255,7 +199,7 @@ class Compilation:
 
     def _compile(self) -> list[Record]:
         journal = Journal(self.work, self._work_job())
-        written = self._stored(range(len(journal.parts)))
+        written = self._stored(range(min(len(journal.parts), len(self.skeleton.blocks) + 1)))
         for name in sorted({self.shards.shards[self.shards.slots[n].shard].file_name for n in written}):
             if not (self.out / name).exists() and not (self.out / (name + PARTIAL)).exists():
                 raise FormatError(f"{self.out}: {name} of an unfinished run is gone; delete {self.work} to start anew")
@@ -264,10 +208,10 @@ class Compilation:
                 self.events.note(f"going on after {len(journal.parts)} finished parts")
             if self.not_folded:
                 self.events.note(f"rotating while the model runs, not folded into its weights: {self.not_folded}")
-            _Run(self, journal, writer).all()
+            Run(self, journal, writer).all()
             writer.finish()
         records = [_record(r) for part in journal.parts for r in part["layers"]]
-        self._finish(records)
+        self._finish(records, next((part["tuning"] for part in journal.parts if "tuning" in part), None))
         journal.remove()
         return records
 
@@ -318,13 +262,15 @@ class Compilation:
                 "overwritten"
             )
 
-    def _finish(self, records: list[Record]) -> None:
+    def _finish(self, records: list[Record], tuning: dict[str, Any] | None) -> None:
         config = {k: v for k, v in self.source.config.items() if k not in ("quantization_config", "torch_dtype")}
         config["dtype"] = str(self.skeleton.model.dtype).removeprefix("torch.")
         if self.schemes:
             config["quantization_config"] = self.quantization_config()
         self.source.write_sidecar(self.out)
         report = {"job": self.job, "layers": [asdict(r) for r in records]}
+        if tuning is not None:
+            report["tuning"] = tuning
         write_atomically(self.out / REPORT, json.dumps(report, indent=1).encode())
         write_atomically(self.out / "README.md", self._card(records).encode())
         write_atomically(self.out / "config.json", json.dumps(config, indent=2).encode())
@@ -372,205 +318,6 @@ all, from {sizes.source_bytes:,}. Solver {self.plan.solver}. Schemes:
 
 {schemes}
 """
-
-
-class _Run:
-    """The state of one run: where the calibration set stands, and what has been written."""
-
-    def __init__(self, compilation: Compilation, journal: Journal, writer: ShardWriter) -> None:
-        self.c, self.journal, self.writer = compilation, journal, writer
-        self.skeleton = compilation.skeleton
-        self.tokens: Tensor | None = None
-        self.stream: Stream | None = None
-        self.store: StatsStore | None = None
-        if compilation.stats is not None:
-            origin = {k: compilation.job[k] for k in ("model", "calibration", "dtype")}
-            folded = compilation.skeleton.fold is not None  # then inputs are those of the rotated model
-            origin["fold"] = compilation.plan.seed if folded else None
-            self.store = StatsStore(compilation.stats, origin)
-
-    def all(self) -> None:
-        blocks = len(self.skeleton.blocks)
-        done = len(self.journal.parts)
-        self.c.events.part(done, blocks + 1)
-        if self.c.calibration is not None and done <= blocks:
-            self._fisher()
-        if self.store is not None and done <= blocks:
-            self._collect(self.store)
-        elif self.c.calibration is not None and done <= blocks:
-            self._start(done)
-        for part in range(done, blocks + 1):
-            records = list(self._block(part) if part < blocks else self._outside())
-            self.writer.sync()
-            self.journal.add({"part": part, "layers": [asdict(r) for r in records]})
-            self.c.events.part(part + 1, blocks + 1)
-            if self.stream is not None and part < blocks:
-                self._advance(part)
-                self.journal.save_hidden(part + 1, self.stream.hidden, HIDDEN_EVERY)
-
-    def _start(self, block: int) -> None:
-        """The stream at the input of `block`: from the hidden states kept last, through the blocks written since."""
-        assert self.c.calibration is not None
-        self.tokens = self._tokens(self.c.calibration)
-        self.stream = streaming.start(self.skeleton, self.tokens, self.c.dtype)
-        kept = self.journal.hidden(block)
-        first = 0
-        if kept is not None:
-            first, self.stream.hidden = kept
-        for i in range(first, block):
-            self._advance(i)
-
-    def _fisher(self) -> None:
-        """The Fisher diagonals that solvers ask for, of the original model, kept in the work folder."""
-        assert self.c.calibration is not None
-        if not self.c.by_fisher or self.journal.has_fisher():
-            return
-        weights = {n: w for n, w in self.c.weights.items() if n in self.c.by_fisher}
-        self.c.events.note(f"Fisher diagonals of {len(weights)} weights: {self.c.calibration.tokens} tokens, backwards")
-        model = load_model(self.c.source, torch.float32)
-        tokens = self._tokens(self.c.calibration)
-        self.journal.save_fisher(fisher_diagonal(model, weights, tokens, self.c.plan.seed))
-
-    def _tokens(self, calibration: Calibration) -> Tensor:
-        kept = self.journal.tokens()
-        if kept is not None:
-            return kept
-        if calibration.text == "self":
-            with torch.no_grad():
-                tokens = self_written(calibration, load_model(self.c.source, self.c.dtype))
-        else:
-            tokens = sequences(calibration, load_tokenizer(self.c.source))
-        vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
-        if int(tokens.max()) >= vocabulary:
-            raise FormatError(
-                f"{self.c.source.path}: the tokenizer gives token {int(tokens.max())}, the model has {vocabulary}"
-            )
-        self.journal.save_tokens(tokens)
-        return tokens
-
-    def _collect(self, store: StatsStore) -> None:
-        """The statistics of the original model that the folder lacks, for every layer that could ever need them."""
-        blocks = len(self.skeleton.blocks)
-        missing = [part for part in range(blocks + 1) if not store.has(part)]
-        if not missing:
-            self.c.events.note(f"statistics from {store.folder}")
-            return
-        assert self.c.calibration is not None
-        self.tokens = self._tokens(self.c.calibration)
-        self.stream = streaming.start(self.skeleton, self.tokens, self.c.dtype)
-        for index in range(blocks):
-            names = self.skeleton.parameters_of(index)
-            block = self.skeleton.blocks[index][1]
-            with self.skeleton.loaded(names), torch.no_grad():
-                self.skeleton.cast(names, self.c.dtype)
-                if index in missing:
-                    with collecting(
-                        self.skeleton.model, {n: self.c.weights[n] for n in names if n in self.c.weights}
-                    ) as m:
-                        self.stream.run(block, index, keep=False)
-                    store.save(index, finished(m))
-                self.stream.run(block, index, keep=True)
-        heads = [n for n, w in self.c.weights.items() if w.head]
-        store.save(blocks, self._head_stats(heads))
-        self.stream = None
-
-    def _head_stats(self, heads: list[str]) -> dict[str, LayerStats]:
-        if not heads or self.stream is None or self.tokens is None:
-            return {}
-        moment = Moment(self.c.weights[heads[0]].shape[1])
-        module_name = _head_module(self.skeleton.model)
-        for x in streaming.head_inputs(self.skeleton, self.tokens, self.stream, module_name, self.c.dtype):
-            moment.add(x)
-        return {heads[0]: moment.stats()}
-
-    def _block(self, index: int) -> Iterator[Record]:
-        names = self.skeleton.parameters_of(index)
-        stats: dict[str, LayerStats] = {}
-        with self.skeleton.loaded(names) as originals:
-            if self.store is not None:
-                stats = self.store.load(index)
-            elif self.stream is not None:
-                self.skeleton.cast(names, self.c.dtype)
-                weights = {n: self.c.weights[n] for n in names if n in self.c.schemes}
-                with collecting(self.skeleton.model, weights) as moments, torch.no_grad():
-                    self.stream.run(self.skeleton.blocks[index][1], index, keep=False)
-                stats = finished(moments)
-        yield from self._write(originals, stats)
-
-    def _outside(self) -> Iterator[Record]:
-        names = self.skeleton.parameters_of(None)
-        if self.store is not None:
-            stats = self.store.load(len(self.skeleton.blocks))
-        else:
-            stats = self._head_stats([n for n in names if n in self.c.schemes and self.c.weights[n].head])
-        self.stream = None
-        # embeddings and head are the largest weights: one at a time, unless folding needs the norm's gain beside them
-        for part in [names] if self.skeleton.fold is not None else [[name] for name in names]:
-            with self.skeleton.loaded(part) as originals:
-                pass
-            yield from self._write(originals, stats)
-
-    def _write(self, originals: dict[str, Tensor], stats: dict[str, LayerStats]) -> Iterator[Record]:
-        """Quantize and write a part's tensors, each let go of once it is written."""
-        for name in list(originals):
-            w = originals.pop(name)
-            if name not in self.c.schemes:
-                self.writer.write(name, w)
-                continue
-            start = time.monotonic()
-            qt, record = self._quantize(name, w, stats.pop(name, None))
-            for key, value in qt.fields.items():
-                self.writer.write(stored_name(name, key), value)
-            self.c.events.layer(record, time.monotonic() - start)
-            yield record
-
-    def _quantize(self, name: str, w: Tensor, stats: Any) -> tuple[QuantizedTensor, Record]:
-        weight, scheme = self.c.weights[name], self.c.schemes[name]
-        solver = self.c.solver(name, scheme)
-        if weight.kind == "conv1d":
-            w = w.T
-        if name in self.c.by_fisher:
-            stats = replace(stats, fisher=self.journal.fisher(name))
-        if solver == "rtn":
-            stats = [None] * w.shape[0] if w.ndim == 3 else None
-        try:
-            if w.ndim == 3:
-                pairs = [self._one(m, scheme, solver, s) for m, s in zip(w, stats, strict=True)]
-                qt, error = stack([q for q, _ in pairs]), sum(e for _, e in pairs) / len(pairs)
-                tokens = min((s.tokens for s in stats if s is not None), default=0)
-            else:
-                qt, error = self._one(w, scheme, solver, stats)
-                tokens = stats.tokens if stats is not None else 0
-        except ValueError as problem:
-            raise PlanError(f"{name}: {problem}; give it another scheme (--set) or --keep it") from problem
-        return qt, Record(name, str(scheme), tuple(w.shape), round(qt.bits_per_weight, 6), error, tokens, qt.notes)
-
-    def _one(self, w: Tensor, scheme: Scheme, solver: str, stats: Stats | None) -> tuple[QuantizedTensor, float]:
-        qt = quantize_tensor(w, scheme, solver=solver, stats=stats, seed=self.c.plan.seed)
-        return qt, output_error(w, qt.dequantize(), stats)
-
-    def _advance(self, index: int) -> None:
-        """The stream through a block as written."""
-        assert self.stream is not None
-        names = self.skeleton.parameters_of(index)
-        for name in names:
-            if name in self.c.schemes:
-                weight, scheme = self.c.weights[name], self.c.schemes[name]
-                specs = field_specs(scheme, weight.shape)
-                fields = {f: self.writer.read(stored_name(name, f)) for f in specs}
-                w = QuantizedTensor(scheme, weight.shape, fields).dequantize(self.c.dtype)
-                self.skeleton.put(name, w.T.contiguous() if weight.kind == "conv1d" else w)
-            else:
-                self.skeleton.put(name, self.writer.read(name))
-        self.skeleton.cast(names, self.c.dtype)
-        with torch.no_grad():
-            self.stream.run(self.skeleton.blocks[index][1], index, keep=True)
-        self.skeleton.release(names)
-
-
-def _head_module(model: Any) -> str:
-    head = model.get_output_embeddings()
-    return next(name for name, module in model.named_modules() if module is head)
 
 
 def _record(values: dict[str, Any]) -> Record:

@@ -15,6 +15,7 @@ import torch
 
 from ..quant.scheme import Scheme
 from ..quant.solver import quantize_tensor
+from .run import tune_settings
 
 FORWARD_OVERHEAD = 1.6
 CHOICE_WEIGHTS = 1 << 16
@@ -24,14 +25,19 @@ _TOKENS, _WIDTH = 1024, 1024
 
 
 def expected_seconds(compilation: Any) -> float:
-    """Seconds that `Compilation.run` is expected to take from its start, without tuning."""
-    tokens = 0 if compilation.calibration is None else compilation.calibration.tokens
-    flops = 0.0
+    """Seconds that `Compilation.run` is expected to take from its start."""
+    tokens = compilation.calibration.tokens if compilation.needs_stats else 0
+    flops, weights = 0.0, 0
     for name, weight in compilation.weights.items():
         if compilation.skeleton.block_of(name) is not None:
             n = weight.shape[-1]
+            weights += math.prod(weight.shape)
             flops += 2 * 2 * math.prod(weight.shape) * tokens  # through the original and the quantized block
             flops += n * n * tokens / 2 * 1.3  # the second moment, half of it, shared by q, k, v and by gate and up
+    if compilation.plan.tune:  # the original once, the compiled model there and back, 8 looks at the held-out text
+        settings = tune_settings(compilation)
+        flops += 2 * weights * settings.step_tokens * settings.steps * (1 + 3)
+        flops += 2 * weights * 9 * settings.held_out_tokens
     seconds = FORWARD_OVERHEAD * flops / _matmul_speed() if flops else 0.0
     per_weight: dict[Scheme, float] = {}
     for name, scheme in compilation.schemes.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from ..quant.lut import LutScheme
 from ..quant.scheme import Scheme, SchemeError
 from .structure import Weight
 
@@ -105,6 +106,22 @@ class Plan:
             except SchemeError as error:
                 raise PlanError(f"{name}: {error}; give it another scheme (--set) or --keep it") from None
         return chosen
+
+    def solver_for(self, weight: Weight, scheme: Scheme, inside: bool) -> str:
+        """The solver that rounds a weight. inside: whether it stands in a block.
+
+        Embeddings are looked up, not multiplied: their rounding is to nearest, unless they are the head as well.
+        Layers outside the blocks, the head apart, are not calibrated. Codes of whole blocks of columns, beside solvers
+        that round column by column, get the block by block form; what SqueezeLLM cannot code gets GPTQ.
+        """
+        if not weight.head and not inside:
+            return "rtn"
+        solver = self.solver
+        if weight.embedding:  # AWQ's scale of the columns would have to be undone at every look-up
+            solver = solver.removeprefix("awq+").replace("awq", "rtn")
+        if solver == "squeezellm" and not isinstance(scheme, LutScheme):
+            solver = "gptq"
+        return "ldlq" if solver == "gptq" and scheme.block > 1 else solver
 
     def to_dict(self) -> dict[str, Any]:
         def plain(scheme: Scheme | None) -> Any:

@@ -9,7 +9,7 @@ strings that every weight reads through a window of its own:
     level     the sum of the four bytes of (state * 0x83DCD12D mod 2^32), minus 510: nearly normal, deviation 147.8
     weight    level * (scale[row] / 128)
 
-    m = 40 (2.5 bits), row 0 of a tile; weight c of it starts at bit floor(2.5 c) and shares 13 or 14 bits with the next:
+    m = 40 (2.5 bits), row 0 of a tile; weight c starts at bit floor(2.5 c) and shares 13 or 14 bits with the next:
 
       bit   0    2    5    7    10   12   15 ...          40 = row 1
             |<---- window of weight 0 (16 bits) ---->|

@@ -75,6 +75,9 @@ def run(
     stats: Annotated[
         Path | None, typer.Option(help="Folder of reusable statistics of the original model; collected if new.")
     ] = None,
+    tune_minutes: Annotated[
+        float | None, typer.Option(help="Time box of --effort best's tuning.", show_default="none")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and print the sizes; write nothing.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: what calibration computes in.")] = "float32",
@@ -94,6 +97,8 @@ def run(
     if dtype not in ("float32", "bfloat16"):
         raise PlanError(f"--dtype is float32 or bfloat16; got {dtype!r}")
     check_device(device)
+    if tune_minutes is not None and not (effort == "best" and tune_minutes > 0):
+        raise PlanError(f"--tune-minutes {tune_minutes:g}: minutes above 0, with --effort best")
     plan = make_plan(
         bits=bits,
         preset=preset,
@@ -112,7 +117,15 @@ def run(
     )
     calibration = Calibration(calib, calib_tokens, seq_len, seed)
     compilation = prepare_compilation(
-        model, out, plan, calibration=calibration, dtype=dtype, max_shard_bytes=shard, work=work, stats=stats
+        model,
+        out,
+        plan,
+        calibration=calibration,
+        dtype=dtype,
+        max_shard_bytes=shard,
+        work=work,
+        stats=stats,
+        tune_seconds=None if tune_minutes is None else 60 * tune_minutes,
     )
     if dry_run:
         print_sizes(compilation, json_output)
@@ -150,6 +163,8 @@ def compile_with_progress(compilation: Any, as_json: bool) -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from ..calibrate.expect import expected_seconds
+
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     start = time.monotonic()
     with Progress(
@@ -176,6 +191,16 @@ def compile_with_progress(compilation: Any, as_json: bool) -> dict[str, Any]:
         compilation.events.layer = layer
         compilation.events.part = lambda done, of: progress.update(task, completed=done, total=of)
         compilation.events.note = lambda text: console.print(text)
+        tuning: list[Any] = []
+
+        def tuned(done: int, steps: int, kl: float, left: float) -> None:
+            if not tuning:
+                tuning.append(progress.add_task("tuning", total=steps))
+            progress.update(tuning[0], completed=done, total=steps, description=f"tuning, held-out KL {kl:.4f}")
+
+        compilation.events.tuning = tuned
+        expected = expected_seconds(compilation)
+        console.print(f"{_what(compilation.plan)}: about {duration(expected)} on this machine")
         records = compilation.run()
     sizes = compilation.sizes()
     summary = {
@@ -197,6 +222,13 @@ def compile_with_progress(compilation: Any, as_json: bool) -> dict[str, Any]:
         'load it with: import bitpalette; AutoModelForCausalLM.from_pretrained("' + str(compilation.out) + '")'
     )
     return summary
+
+
+def _what(plan: Any) -> str:
+    """The method in a few words."""
+    if plan.linear is None:
+        return "keeping the layers at 16 bits"
+    return f"{plan.linear}, solver {plan.solver}" + (", then tuning" if plan.tune else "")
 
 
 def _rates(sizes: Any) -> dict[str, float]:

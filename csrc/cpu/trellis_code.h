@@ -45,6 +45,11 @@ struct TrellisCode {
     }
 };
 
+// The weight that is coded in step 0, 1, ... of a pass that begins `lead` steps before the seam (trellis_search.h).
+constexpr int trellis_weight_of_step(int lead, int step) {
+    return (lead - 1 - step) & (trellis_weights - 1);
+}
+
 // std::invalid_argument for a rate or window that does not exist.
 void trellis_check(const TrellisCode& code);
 

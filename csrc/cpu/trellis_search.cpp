@@ -1,12 +1,10 @@
 #include "trellis_search.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <tuple>
+
+#include "trellis_exact.h"
+#include "trellis_levels.h"
 
 namespace bitpalette {
 namespace {
@@ -14,176 +12,135 @@ namespace {
 // Steps between two subtractions of a row's least value, which is what keeps rows below 32767.
 constexpr int normalize_every = 8;
 
-constexpr uint64_t unreachable = uint64_t{1} << 60;
+// Steps before the seam, whole eighths so that every pass begins on a kept, normalized row. A path takes 2 to 3 windows
+// (L / rate weights) to forget where it began; this many lose .01 to .015 dB against 160 at L = 12, a third as many .04.
+int lead_steps(const TrellisCode& code) {
+    const double steps = code.window * (0.5 + 72.0 / code.m);
+    return std::max(16, static_cast<int>(std::lround(steps / normalize_every)) * normalize_every);
+}
+
+// Rows are kept for the traceback. 256 of them leave the second-level cache where steps are short and windows long, and
+// that takes longer than computing what lies between two of them again, for the one path that is traced.
+int rows_between(const TrellisCode& code) {
+    return code.window == 12 || code.m >= 48 ? 1 : code.m >= 32 ? 2 : 4;
+}
 
 // The first address from p on that is a multiple of 64, for vectors. There must be 62 bytes to spare.
-template <class T>
-T* aligned(T* p) {
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63});
+uint16_t* aligned(uint16_t* p) {
+    return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63});
 }
 
-// Levels in sixty-fourths, in the order in which a step of (expand, fold) reads vectors of `lanes` states; made once.
-const int16_t* level_table(int lanes, int window, int expand, int fold) {
-    static std::mutex mutex;
-    static std::map<std::tuple<int, int, int, int>, std::vector<int16_t>> tables;
-    if (lanes == 1)
-        expand = fold = 0;
-    const std::lock_guard<std::mutex> locked(mutex);
-    std::vector<int16_t>& table = tables[{lanes, window, expand, fold}];
-    if (table.empty()) {
-        table.resize((size_t{1} << window) + 32);
-        int16_t* at = aligned(table.data());
-        const int block = 1 << (window - fold), within = std::min(1 << expand, lanes), runs = lanes / within;
-        for (int first = 0; first < block; first += lanes)
-            for (int h = 0; h < 1 << fold; ++h)
-                for (int lane = 0; lane < lanes; ++lane) {
-                    const int t = first + lane % runs * within + lane / runs;
-                    *at++ = static_cast<int16_t>(trellis_fixed * trellis_level(static_cast<uint32_t>(h * block + t)));
-                }
-    }
-    return aligned(table.data());
-}
+constexpr size_t spare = 32;
 
 int32_t metric(int32_t x, int32_t level) {
     const int32_t d = std::clamp(x - level, -32768, 32767);
     return (d * d + (1 << 14)) >> 15;
 }
 
-uint64_t exact_metric(int32_t x, int32_t level) {
-    const int64_t d = x - level;
-    return static_cast<uint64_t>(d * d);
-}
-
 } // namespace
 
 TrellisSearch::TrellisSearch(const TrellisStepUnit& unit, const TrellisCode& code)
-    : unit_(unit), code_(code), levels_(level_table(1, code.window, 0, 0)) {
-    lead_ = 64;
-    row_size_ = 1 << (code.window - code.step(0));
-    for (int step = 0; step < lead_ + trellis_weights; ++step) {
-        const int i = (lead_ - 1 - step) & 255, expand = code.step(i), fold = code.step((i - 1) & 255);
-        steps_.push_back({i, expand, fold, level_table(unit.lanes, code.window, expand, fold)});
+    : unit_(unit), code_(code), fixed_(trellis_fixed(code.m)),
+      levels_(trellis_levels(fixed_, code.window, 1, 0, 0)), keep_every_(rows_between(code)), lead_(lead_steps(code)),
+      seam_(lead_ - 1), last_(lead_ + trellis_weights - 1), row_size_(1 << (code.window - code.step(0))) {
+    for (int step = 0; step <= last_; ++step) {
+        const int weight = trellis_weight_of_step(lead_, step);
+        const int expand = code.step(weight), fold = code.step(trellis_weight_of_step(lead_, step + 1));
+        const int16_t* levels = trellis_levels(fixed_, code.window, unit.lanes, expand, fold);
+        steps_.push_back({weight, expand, fold, 1 << (code.window - fold), levels});
     }
-    rows_.resize(static_cast<size_t>(row_size_) * (trellis_weights + 2) + 32);
-    lead_rows_.resize(static_cast<size_t>(row_size_) * 2 + 32);
+    kept_rows_.resize(static_cast<size_t>(row_size_) * (trellis_weights / keep_every_ + 2) + spare);
+    passing_rows_.resize(static_cast<size_t>(row_size_) * 2 + spare);
     path_.resize(steps_.size());
 }
 
-// What enters a step. Rows before the seam are not kept, but for the one that the seam's own step reads.
+// What enters a step: A_i of the step's weight i.
 uint16_t* TrellisSearch::row(int step) {
-    if (step < lead_ - 1)
-        return aligned(lead_rows_.data()) + static_cast<size_t>(row_size_) * (step & 1);
-    return aligned(rows_.data()) + static_cast<size_t>(row_size_) * (step - (lead_ - 1));
+    const int first_kept = lead_ - keep_every_;
+    if (step < first_kept || step % keep_every_ != 0)
+        return aligned(passing_rows_.data()) + static_cast<size_t>(row_size_) * (step & 1);
+    return aligned(kept_rows_.data()) + static_cast<size_t>(row_size_) * ((step - first_kept) / keep_every_);
+}
+
+void TrellisSearch::pass(int first) {
+    for (int step = first; step <= last_; ++step) {
+        const Step& s = steps_[step];
+        uint16_t* to = row(step + 1);
+        unit_.step[s.expand - 1][s.fold - s.expand + 1](
+            {s.levels, row(step), to, code_.window, s.expand, s.fold, x_[s.weight]});
+        if ((step + 1) % normalize_every == 0)
+            unit_.normalize(to, s.kept);
+    }
+}
+
+// An element of a row; of those that were not kept it is computed again.
+int32_t TrellisSearch::cost(int row_step, uint32_t t) const {
+    if (row_step % keep_every_ == 0)
+        return row(row_step)[t];
+    const Step& s = steps_[row_step - 1];
+    int32_t least = trellis_row_most;
+    for (uint32_t h = 0; h < 1u << s.fold; ++h) {
+        const uint32_t state = h * s.kept + t;
+        least = std::min(least, cost(row_step - 1, state >> s.expand) + metric(x_[s.weight], levels_[state]));
+    }
+    return least;
 }
 
 // The state of a step from the low bits that the next one keeps of it: the cheapest, of equals the first.
-uint16_t TrellisSearch::state_before(int step, uint32_t kept) const {
+uint32_t TrellisSearch::state_before(int step, uint32_t kept) {
     const Step& s = steps_[step];
-    const uint16_t* from = row(step);
-    uint32_t best = 0;
-    int32_t least = 1 << 30;
+    int32_t least = INT32_MAX; // cost * 32 + h
     for (uint32_t h = 0; h < 1u << s.fold; ++h) {
-        const uint32_t state = h << (code_.window - s.fold) | kept;
-        const int32_t cost = from[state >> s.expand] + metric(x_[s.weight], levels_[state]);
-        if (cost < least)
-            least = cost, best = state;
+        const uint32_t state = h * s.kept + kept;
+        const int32_t total = cost(step, state >> s.expand) + metric(x_[s.weight], levels_[state]);
+        least = std::min(least, total << 5 | static_cast<int32_t>(h));
     }
-    return static_cast<uint16_t>(best);
+    clipped_ = clipped_ || least >> 5 > trellis_row_most;
+    return (least & 31) * s.kept + kept;
+}
+
+// Follows the best path that ends in `state` back to the step after `stop`, where `join` until it falls in with the one
+// that is already there. Returns the state at `stop`.
+uint32_t TrellisSearch::trace(uint32_t state, int stop, bool join) {
+    for (int step = last_; step > stop; --step) {
+        if (join && step < last_ && path_[step] == state)
+            return path_[stop];
+        path_[step] = static_cast<uint16_t>(state);
+        state = state_before(step - 1, state >> steps_[step].expand);
+    }
+    return state;
 }
 
 bool TrellisSearch::search() {
-    const int count = static_cast<int>(steps_.size()), last = count - 1, seam = lead_ - 1;
+    clipped_ = false;
     std::fill_n(row(0), row_size_, uint16_t{0});
-    for (int step = 0; step < count; ++step) {
-        const Step& s = steps_[step];
-        unit_.step[s.expand - 1][s.fold - s.expand + 1]({s.levels, row(step), row(step + 1), code_.window, s.expand, s.fold, x_[s.weight]});
-        if (step % normalize_every == normalize_every - 1)
-            unit_.normalize(row(step + 1), 1 << (code_.window - s.fold));
-    }
-    // The seam's state is the one that the best path of all passes through: before it lie lead_ weights, after it 256.
-    const uint16_t* end = row(count);
-    const int size = 1 << (code_.window - steps_[last].fold);
-    uint32_t kept = static_cast<uint32_t>(std::min_element(end, end + size) - end);
-    for (int step = last; step >= seam; --step) {
-        path_[step] = state_before(step, kept);
-        kept = path_[step] >> steps_[step].expand;
-    }
-    // From the same state at the end, the best path joins that one within a few windows; if so it is cyclic.
-    path_[last] = path_[seam];
-    for (int step = last; step > seam; --step) {
-        const uint16_t before = state_before(step - 1, path_[step] >> steps_[step].expand);
-        if (before == path_[step - 1] && step - 1 != seam)
-            break;
-        if (step - 1 == seam && before != path_[seam])
-            return false;
-        path_[step - 1] = before;
-    }
-    // A row's clipped cost may have won where the true one would not have; elsewhere costs are exact.
-    for (int step = seam + 1; step < last; ++step) {
-        const Step& s = steps_[step];
-        if (row(step)[path_[step] >> s.expand] + metric(x_[s.weight], levels_[path_[step]]) > trellis_row_most)
-            return false;
-    }
-    return true;
-}
+    pass(0);
+    const uint16_t* end = row(last_ + 1);
+    const auto best = std::min_element(end, end + steps_[last_].kept) - end;
+    const uint32_t seam = trace(state_before(last_, static_cast<uint32_t>(best)), seam_, false);
+    path_[seam_] = static_cast<uint16_t>(seam);
+    if (trace(seam, seam_, true) == seam)
+        return !clipped_;
 
-// The same search in 64 bits, where nothing is clipped. A free pass finds the seam's state, a second one starts there.
-void TrellisSearch::search_exactly() {
-    const int count = static_cast<int>(steps_.size()), last = count - 1, seam = lead_ - 1;
-    decisions_.resize(static_cast<size_t>(row_size_) * count);
-    for (auto& costs : costs_)
-        costs.resize(static_cast<size_t>(row_size_));
-    for (const int first : {0, seam + 1}) {
-        std::fill(costs_[first & 1].begin(), costs_[first & 1].end(), first == 0 ? 0 : unreachable);
-        if (first > 0)
-            costs_[first & 1][path_[seam] & ((1u << (code_.window - steps_[seam].fold)) - 1)] = 0;
-        for (int step = first; step < count; ++step)
-            exact_step(step);
-        uint32_t state = path_[seam];
-        if (first == 0) { // the best of all ends
-            const auto& end = costs_[count & 1];
-            const int size = 1 << (code_.window - steps_[last].fold);
-            const auto kept = std::min_element(end.begin(), end.begin() + size) - end.begin();
-            state = exact_state_before(last, static_cast<uint32_t>(kept));
-        }
-        for (int step = last; step > seam; --step) {
-            path_[step] = static_cast<uint16_t>(state);
-            state = exact_state_before(step - 1, state >> steps_[step].expand);
-        }
-        if (first == 0)
-            path_[seam] = static_cast<uint16_t>(state);
-    }
-}
-
-void TrellisSearch::exact_step(int step) {
-    const Step& s = steps_[step];
-    const std::vector<uint64_t>& from = costs_[step & 1];
-    std::vector<uint64_t>& to = costs_[(step + 1) & 1];
-    uint8_t* decisions = decisions_.data() + static_cast<size_t>(row_size_) * step;
-    const uint32_t size = 1u << (code_.window - s.fold);
-    for (uint32_t h = 0; h < 1u << s.fold; ++h)
-        for (uint32_t t = 0; t < size; ++t) {
-            const uint32_t state = h * size + t;
-            const uint64_t cost = from[state >> s.expand] + exact_metric(x_[s.weight], levels_[state]);
-            if (h == 0 || cost < to[t])
-                to[t] = cost, decisions[t] = static_cast<uint8_t>(h);
-        }
-}
-
-uint32_t TrellisSearch::exact_state_before(int step, uint32_t kept) const {
-    const uint32_t h = decisions_[static_cast<size_t>(row_size_) * step + kept];
-    return h << (code_.window - steps_[step].fold) | kept;
+    uint16_t* start = row(lead_);
+    const uint32_t kept = seam & (steps_[seam_].kept - 1);
+    std::fill_n(start, steps_[seam_].kept, trellis_row_most);
+    start[kept] = 0;
+    pass(lead_);
+    const uint32_t first = trace(seam, lead_, false);
+    path_[lead_] = static_cast<uint16_t>(first);
+    return !clipped_ && first >> steps_[lead_].expand == kept; // else it came from a clipped cost
 }
 
 bool TrellisSearch::find(const float* x, uint16_t* states) {
+    const float most = static_cast<float>(512 * fixed_ - 1); // 3.46 deviations, as far as levels go
     for (int i = 0; i < trellis_weights; ++i)
-        x_[i] = static_cast<int16_t>(std::lrint(std::clamp(x[i] * trellis_fixed, -32767.0f, 32767.0f)));
+        x_[i] = static_cast<int16_t>(std::lrint(std::clamp(x[i] * static_cast<float>(fixed_), -most, most)));
     const bool found = search();
     if (!found)
-        search_exactly();
-    const int last = static_cast<int>(steps_.size()) - 1;
+        trellis_search_exactly(code_, levels_, x_, lead_, path_.data());
     for (int i = 0; i < trellis_weights; ++i)
-        states[i] = path_[last - i];
+        states[i] = path_[last_ - i];
     return found;
 }
 

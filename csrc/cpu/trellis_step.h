@@ -10,7 +10,7 @@
 // blocks. Costs of states are never stored, only rows.
 //
 // Arithmetic, the same everywhere (16-bit integers):
-//     d      = x - 64 * level, saturating: x and levels are in sixty-fourths, of which 32767 are 3.46 deviations
+//     d      = x - level, saturating; both are in sixteenths, thirty-seconds or sixty-fourths (trellis_levels.h)
 //     metric = (d * d + 2^14) >> 15, at most 32768
 //     cost   = A[t] + metric: rows are at most 32767, so nothing wraps
 //     row    = min(costs, 32767)
@@ -22,12 +22,11 @@
 
 namespace bitpalette {
 
-constexpr int trellis_fixed = 64; // of a level
 constexpr uint16_t trellis_row_most = 32767;
 constexpr int trellis_most_step = 5; // bits
 
 struct TrellisStep {
-    const int16_t* levels; // 64 * level of all states, in the unit's order for (expand, fold)
+    const int16_t* levels; // of all states, in the unit's order for (expand, fold)
     const uint16_t* from;  // A_i      [2^(window - expand)]
     uint16_t* to;          // A_{i-1}  [2^(window - fold)]
     int window, expand, fold;
@@ -35,7 +34,7 @@ struct TrellisStep {
 };
 
 struct TrellisStepUnit {
-    // States in one vector. Levels are stored in the order in which the step reads them (trellis_search.cpp).
+    // States in one vector, which decides in what order levels are stored (trellis_levels.h).
     int lanes;
     // by expand - 1 and fold - expand + 1: neighbouring weights' steps differ by a bit at most
     void (*step[trellis_most_step][3])(const TrellisStep& s);

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import bitpalette
 from bitpalette.calibrate.collect import Moment
-from bitpalette.calibrate.compile import Compilation, Events, Record
+from bitpalette.calibrate.compile import Compilation
 from bitpalette.calibrate.journal import Journal
 from bitpalette.calibrate.plan import Plan, PlanError, Rule
+from bitpalette.calibrate.report import Events, Record
 from bitpalette.calibrate.structure import quantizable
 from bitpalette.calibrate.text import Calibration, sequences
 from bitpalette.calibrate.whole import load_model, load_tokenizer

@@ -17,8 +17,8 @@ import transformers
 
 import bitpalette
 from bitpalette.api import compile_checkpoint, prepare_compilation
-from bitpalette.calibrate.compile import Events
 from bitpalette.calibrate.plan import Plan
+from bitpalette.calibrate.report import Events
 from bitpalette.calibrate.text import Calibration
 from bitpalette.formats.base import open_source
 from bitpalette.formats.errors import FormatError

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpalette.calibrate import compile as compiling
+from bitpalette.calibrate import run as compiling
 from bitpalette.calibrate.compile import Compilation
 from bitpalette.calibrate.journal import Journal
 from bitpalette.formats import shards, sidecar
@@ -120,13 +120,13 @@ def test_hidden_states(
     compilation(model, whole).run()
     monkeypatch.setattr(compiling, "HIDDEN_EVERY", every)
     blocks: list[int] = []
-    advance = compiling._Run._advance
+    advance = compiling.Run._advance
 
     def watched(self: Any, index: int) -> None:
         blocks.append(index)
         advance(self, index)
 
-    monkeypatch.setattr(compiling._Run, "_advance", watched)
+    monkeypatch.setattr(compiling.Run, "_advance", watched)
     fuse = Fuse(monkeypatch, (shards.ShardWriter, "sync"))
     fuse.set(3)  # in the last part
     killed(compilation(model, out))
@@ -199,7 +199,7 @@ def test_bad_input_found_late(model: Path, compilation: Make, tree: Tree, monkey
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise FormatError("bad")
 
-    monkeypatch.setattr(compiling._Run, "_outside", fuse.wrapped(broken))
+    monkeypatch.setattr(compiling.Run, "_outside", fuse.wrapped(broken))
     (model.parent / "empty").mkdir()
     before = tree(model.parent)
     for out in (model.parent / "a" / "b", model.parent / "empty"):
@@ -223,7 +223,7 @@ def test_the_state_of_an_interrupted_run_is_not_taken_back(
         raise FormatError("bad")
 
     with monkeypatch.context() as patched:
-        patched.setattr(compiling._Run, "_block", broken)
+        patched.setattr(compiling.Run, "_block", broken)
         with pytest.raises(FormatError, match="bad"):
             compilation(model, out).run()
     assert tree(out) == before

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitpalette.calibrate import stream as streaming
-from bitpalette.calibrate.compile import _head_module
+from bitpalette.calibrate.run import _head_module
 from bitpalette.calibrate.skeleton import Skeleton
 from bitpalette.calibrate.whole import load_model
 from bitpalette.formats.base import open_source

@@ -130,7 +130,7 @@ def check_known(known: list[tuple[dict[str, Any], float]], weights: int) -> None
     for result, (_, mse) in zip(measure(points, weights, 0, lambda n: 3.182), known, strict=True):
         assert result.mse > result.bound
         assert 0 < result.ci95 < 0.03 * result.mse, result
-        assert result.mse == pytest.approx(mse, rel=0.015), result
+        assert 0.97 * mse < result.mse < 1.015 * mse, result
 
 
 def test_known_values() -> None:
@@ -142,9 +142,7 @@ def test_known_values() -> None:
 def test_known_values_of_the_widest_window() -> None:
     known = [({"codec": "trellis", "rate": rate, "window": 16}, mse) for rate, mse in TRELLIS_16]
     check_known(known, 1 << 18)
-    for values, mse in known:
-        published = PUBLISHED[values["rate"]]
-        assert mse * 1.015 < published
+    assert all(mse * 1.015 < PUBLISHED[values["rate"]] for values, mse in known)
 
 
 def test_order_at_four_bits() -> None:

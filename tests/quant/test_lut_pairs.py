@@ -101,7 +101,6 @@ def test_error_on_n01(entries: int, theory: float, rng_weight) -> None:
 def test_scales_are_searched(rng_weight) -> None:
     """Against forty scales around the root mean square of each group, on weights of heavy tails."""
     w = rng_weight(24, 256) * torch.exp(0.7 * rng_weight(24, 256, seed=1))
-    w[3, 5], w[3, 6:64] = 40.0, 0.01  # a row whose one large weight needs five times the root mean square
     scheme = LutScheme(entries=16, group_size=64, dims=2)
     error = (quantize_tensor(w, scheme).dequantize() - w).square().view(24, 4, 64).sum(-1)
     grid = get_codec("lut").grid(scheme, (24, 256), CPU)
@@ -112,6 +111,11 @@ def test_scales_are_searched(rng_weight) -> None:
         tried = (grid.nearest(w, torch.arange(256))[1] - w).square().view(24, 4, 64).sum(-1)
         best = torch.minimum(best, tried)
     assert error.sum() < 1.01 * best.sum() and (error / best).max() < 1.15
+    # rows that one large weight dominates: .160 without scales above 2.1 times the root mean square
+    w = rng_weight(64, 576) / 50
+    w[:, 7] = torch.arange(1, 65) / 16
+    error = (quantize_tensor(w, LutScheme(entries=16, dims=2)).dequantize() - w).square().sum(1) / w.square().sum(1)
+    assert error.mean() < 0.14
 
 
 def test_scales_weigh_importance(rng_weight) -> None:
