@@ -91,8 +91,10 @@ def learning_rate(bits: float) -> float:
 
 @dataclass
 class TuneEvents:
-    """What a caller is told. step: (steps done, steps planned, held-out KL last measured, seconds left)."""
+    """What a caller is told. original: (blocks of the original model that its text has been through, all of them).
+    step: (steps done, steps planned, held-out KL last measured, seconds left)."""
 
+    original: Callable[[int, int], None] = lambda done, blocks: None
     step: Callable[[int, int, float, float], None] = lambda done, steps, kl, seconds: None
     note: Callable[[str], None] = lambda text: None
 
@@ -246,6 +248,7 @@ class _Run:
             progress = _Progress(self._affordable())
             if not progress.steps:
                 return self.nothing(f"{settings.seconds:.0f} s are too short for a step", progress)
+            self._save(progress)
         plan = schedule(len(self.tokens), self.tokens.shape[1], settings, progress.steps)
         self._targets(plan)
         if not progress.history:
@@ -333,7 +336,7 @@ class _Run:
         source = self.student.skeleton.source
         self.events.note(f"running the original model over {tokens.numel()} tokens")
         key = _digest(source.fingerprint(), tokens)
-        rows = head_inputs_of(source, tokens, torch.float32, self.folder, key, SAVE_EVERY)
+        rows = head_inputs_of(source, tokens, torch.float32, self.folder, key, SAVE_EVERY, self.events.original)
         self.targets = dict(zip(chosen, rows, strict=True))
 
     def _affordable(self) -> int:

@@ -24,7 +24,13 @@ FILE = "tune-reference.safetensors"
 
 
 def head_inputs_of(
-    source: Source, tokens: Tensor, dtype: torch.dtype, folder: Path, key: str, every: float
+    source: Source,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    folder: Path,
+    key: str,
+    every: float,
+    progress: Callable[[int, int], None] = lambda done, blocks: None,
 ) -> list[Tensor]:
     """Of every sequence of tokens int64 [sequences, seq_len], the head's input [seq_len, hidden_size] in `dtype`.
 
@@ -50,6 +56,7 @@ def head_inputs_of(
         with skeleton.loaded(names), torch.no_grad():
             skeleton.cast(names, dtype)
             stream.run(skeleton.blocks[index][1], index, keep=True)
+        progress(index + 1, blocks)
         if time.monotonic() - saved >= every:
             _save(path, stream.hidden, key, index + 1)
             saved = time.monotonic()

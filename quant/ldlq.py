@@ -22,7 +22,7 @@ from .solution import Solution
 from .stats import Stats
 
 BLOCK = 16
-"""Columns coded together where the codec asks for fewer."""
+"""Columns coded together where the codec would take them one by one."""
 
 PANEL = 128
 """Columns whose feedback to all later ones is one matrix product; it changes the time, not the result."""
@@ -78,7 +78,7 @@ def feed_back(w: Tensor, grid: Grid, block: int, factor: Tensor) -> tuple[Tensor
     block: columns that the codec codes together. factor: float32 [in, in], upper triangular U with U^T U = H^-1
     (factor.py).
     """
-    n, width = w.shape[1], -(-BLOCK // block) * block
+    n, width = w.shape[1], block if block > 1 else BLOCK
     rest, values = w.clone(), torch.empty_like(w)
     columns = torch.arange(n, device=w.device)
     codes = []
@@ -103,7 +103,7 @@ def feedback_share(stats: Stats, block: int = 1) -> float:
     size in all columns. stats: transformed as the weight is, columns in the order of coding. 1 for a diagonal Hessian
     (the damping counts, so that it is a little high).
     """
-    block = -(-BLOCK // block) * block
+    block = block if block > 1 else BLOCK
     factor, total = stats.factor(), 0.0
     for i in range(0, factor.shape[0], block):
         b = factor[i : i + block, i : i + block]

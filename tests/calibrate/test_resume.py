@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitpalette.calibrate import compile as finishing
 from bitpalette.calibrate import run as compiling
 from bitpalette.calibrate.compile import Compilation
 from bitpalette.calibrate.journal import Journal
@@ -94,7 +95,7 @@ def test_at_every_write(model: Path, compilation: Make, tree: Tree, monkeypatch:
         (Path, "mkdir"),
         (Path, "unlink"),
         (Path, "rmdir"),
-        (compiling, "write_manifest"),
+        (finishing, "write_manifest"),
         (sidecar, "copy_atomically"),
     )
     fuse.set(0)

@@ -112,7 +112,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_held_out_divergence_falls(case: Make, text: Tensor, tmp_path: Path) -> None:
     it = case()
     seen: list[tuple[int, int, float, float]] = []
-    result = tune(it.compiled(), text, QUICK, tmp_path / "w", TuneEvents(step=lambda *a: seen.append(a)))
+    blocks: list[tuple[int, int]] = []
+    events = TuneEvents(original=lambda *a: blocks.append(a), step=lambda *a: seen.append(a))
+    result = tune(it.compiled(), text, QUICK, tmp_path / "w", events)
+    assert blocks == [(1, 2), (2, 2)]
     assert result.after < 0.9 * result.before
     assert result.before == pytest.approx(it.divergence({}, held_out(text)), rel=1e-4)
     assert result.after == pytest.approx(it.divergence(result.values, held_out(text)), rel=1e-4)
@@ -303,12 +306,13 @@ def watched(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int, *, 
         (tuning._Run, "_step", 6, False, 0.0),  # between evaluations
         (tuning._Run, "_step", 6, False, 1e9),  # nothing saved since the beginning
         (tuning._Run, "_evaluate", 1, True, 0.0),
+        (tuning._Run, "_save", 1, True, 0.0),  # only planned
         (tuning._Run, "_save", 5, True, 0.0),
         (tuning._Run, "_finish", 1, False, 1e9),
         (Student, "store", 1, True, 0.0),
         (tune_reference, "_save", 1, True, 0.0),  # behind the first block
         (tune_reference, "_save", 3, True, 0.0),
-        (tuning, "save_state", 10, False, 0.0),  # before the result
+        (tuning, "save_state", 11, False, 0.0),  # before the result
     ],
 )
 def test_killed_run_ends_in_the_same_bytes(

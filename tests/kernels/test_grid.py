@@ -39,6 +39,8 @@ EXAMPLES: dict[str, list[dict]] = {
         {"codec": "lut", "table": "nf4", "group_size": 64},
         {"codec": "lut", "entries": 5, "table": "values", "values": [-3.0, -1.0, 0.0, 0.5, 2.0]},
         {"codec": "lut", "entries": 8, "table": "kmeans", "table_scope": "row", "scaled": False},
+        {"codec": "lut", "entries": 64, "dims": 2},
+        {"codec": "lut", "entries": 64, "dims": 2, "group_size": 64},
     ],
     "trellis": [{"codec": "trellis", "rate": m / 16, "window": 12} for m in (16, 23, 24, 36, 40, 64, 80)]
     + [{"codec": "trellis", "rate": 2.0, "window": window} for window in (14, 16)],
