@@ -83,7 +83,9 @@ def _lut_points(window: int) -> list[Point]:
 
 def _trellis_points(window: int) -> list[Point]:
     return [
-        Point("trellis", {"codec": "trellis", "rate": m / 16, "window": window}, m in USUAL_SIXTEENTHS)
+        Point(
+            f"trellis, window {window}", {"codec": "trellis", "rate": m / 16, "window": window}, m in USUAL_SIXTEENTHS
+        )
         for m in SIXTEENTHS
     ]
 

@@ -280,7 +280,7 @@ def write_plot(path: Path, rows: Sequence[Distortion]) -> None:
     from ..formats.atomic import write_atomically
     from ..quant.distortion import PUBLISHED_NAME, PUBLISHED_SOURCE
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.add_subplot()
     for series in dict.fromkeys(r.point.series for r in rows):
         line = [r for r in rows if r.point.series == series]
@@ -294,7 +294,7 @@ def write_plot(path: Path, rows: Sequence[Distortion]) -> None:
     axes.axhline(0, color="grey", linewidth=1, linestyle="--", label="Shannon bound, $2^{-2R}$")
     axes.set(xlabel="bits a weight, codes alone", ylabel="mean squared error on N(0, 1), dB over the bound")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content)
     write_atomically(path, content.getvalue())

@@ -29,6 +29,15 @@ TRELLIS_DEVICE int byte_sum(unsigned word) {
 #endif
 }
 
+// The same value, of which the compiler does not know that it is the same in every step. Else it keeps dozens of sums
+// and products of the thread's number in registers throughout, more than there are, to save one instruction each.
+TRELLIS_DEVICE int anew(int value) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+
 // Lowers *where to the least value that the threads of a phase bring. All threads of a warp call it together: one
 // atomic operation for 32 of them.
 TRELLIS_DEVICE void lower(unsigned* where, unsigned value) {
@@ -60,10 +69,13 @@ TRELLIS_CONSTANT int trellis_words(int window, int threads, int fold) {
 // M bits for every 16 weights, windows of L bits, Threads (a power of two) to a tile.
 template <int M, int L, int Threads>
 struct TileSearch {
-    static constexpr int weights = 256, lead = 64, steps = lead + weights, seam = lead - 1, last = steps - 1;
-    static constexpr int normalize_every = 8;
-    static constexpr int row_most = 32767;
-    static constexpr int centre = 510, fixed_point = 64; // of a level
+    static constexpr int weights = 256, normalize_every = 8, row_most = 32767;
+    // window * (1/2 + 72 / M) steps before the seam, in whole eighths
+    static constexpr int lead_eighths = (2 * L * (M + 144) + 16 * M) / (32 * M);
+    static constexpr int lead = normalize_every * (lead_eighths > 2 ? lead_eighths : 2);
+    static constexpr int steps = lead + weights, seam = lead - 1, last = steps - 1;
+    static constexpr int fixed_point = M < 32 ? 16 : M < 52 ? 32 : 64; // of a level
+    static constexpr int centre = 510;                                 // of levels, which are byte sums
     static constexpr unsigned multiplier = 0x83DCD12Du;
     static constexpr int few = M / 16, many = (M + 15) / 16; // bits of a step: one of the two
 
@@ -85,10 +97,10 @@ struct TileSearch {
     };
 
     struct Shared {
-        short x[weights]; // in sixty-fourths of a level
+        short x[weights]; // in fixed point
         unsigned least[steps / normalize_every];
         unsigned end; // cheapest cost of all << 16 | where in the last row
-        int found;
+        int outcome;
         unsigned short path[weights + 1]; // states of the steps from the seam on
     };
 
@@ -98,19 +110,22 @@ struct TileSearch {
     static TRELLIS_DEVICE int expand(int step) { return bits(weight(step)); }
     static TRELLIS_DEVICE int fold(int step) { return bits((weight(step) - 1) & 255); }
 
-    // The metric of a state is ((x - level)^2 + 2^14) >> 15 with the difference clamped to 16 bits. A difference and
-    // its negative have the same square, so it is taken with the sign of x: then only its upper bound can be met.
+    // The metric of a state is ((x - level)^2 + 2^14) >> 15, the difference clamped to 16 bits. Only sixty-fourths need
+    // the clamp. A difference and its negative have the same square, so it is taken with the sign of x: then only its
+    // upper bound can be met.
     struct Metric {
         int base, slope, most;
 
         TRELLIS_DEVICE explicit Metric(int x) {
-            slope = x < 0 ? fixed_point : -fixed_point;
-            base = (x < 0 ? -x : x) - slope * centre;
-            most = x < 0 ? 32768 : 32767;
+            const bool negative = fixed_point == 64 && x < 0;
+            slope = negative ? fixed_point : -fixed_point;
+            base = (negative ? -x : x) - slope * centre;
+            most = negative ? 32768 : 32767;
         }
         TRELLIS_DEVICE unsigned operator()(unsigned product) const { // state * multiplier
-            const int difference = base + slope * byte_sum(product);
-            const int d = difference < most ? difference : most;
+            int d = base + slope * byte_sum(product);
+            if (fixed_point == 64)
+                d = d < most ? d : most;
             return static_cast<unsigned>(d * d + (1 << 14)) >> 15;
         }
     };
@@ -123,6 +138,7 @@ struct TileSearch {
         const int shift = expand(step);
         const Metric metric(shared.x[weight(step)]);
         unsigned least = row_most, word = 0;
+        thread = anew(thread);
 #pragma unroll
         for (int p = 0; p < count; ++p) {
             const unsigned t = 2 * static_cast<unsigned>(p * Threads + thread);
@@ -158,6 +174,7 @@ struct TileSearch {
                                      unsigned* kept_row) {
         const bool normalize = step % normalize_every == normalize_every - 1;
         const unsigned least = normalize ? shared.least[step / normalize_every] * 0x10001u : 0u;
+        thread = anew(thread);
 #pragma unroll
         for (int p = 0; p < trellis_pairs(L, Threads, Fold); ++p) {
             const int j = p * Threads + thread;
@@ -177,39 +194,67 @@ struct TileSearch {
         return (word >> (bit % 32) & ((1u << f) - 1)) << (L - f) | kept;
     }
 
-    // One thread's: the path, and whether it is cyclic and met no clipped cost.
-    static TRELLIS_DEVICE bool trace(Shared& shared, const unsigned* decisions, const unsigned* kept_row) {
-        const auto path = [&](int step) -> unsigned short& { return shared.path[step - seam]; };
-        // The seam's state is the one that the best path of all passes through: before it lie `lead` weights, after it
-        // 256.
-        unsigned kept = shared.end & 0xffff;
-        for (int step = last; step >= seam; --step) {
-            path(step) = static_cast<unsigned short>(state_before(decisions, step, kept));
-            kept = static_cast<unsigned>(path(step)) >> expand(step);
-        }
-        // From the same state at the end, the best path joins that one within a few windows; if so it is cyclic.
-        path(last) = path(seam);
+    enum Outcome { found, clipped, not_cyclic };
+
+    // The state at the seam of the best path that ends in `state`, whose states are written from the end back, where
+    // `join` until it falls in with the path that is already there.
+    static TRELLIS_DEVICE unsigned trace(Shared& shared, const unsigned* decisions, unsigned state, bool join) {
         for (int step = last; step > seam; --step) {
-            const unsigned before =
-                state_before(decisions, step - 1, static_cast<unsigned>(path(step)) >> expand(step));
-            if (before == path(step - 1) && step - 1 != seam)
-                break;
-            if (step - 1 == seam && before != path(seam))
-                return false;
-            path(step - 1) = static_cast<unsigned short>(before);
+            unsigned short& there = shared.path[step - seam];
+            if (join && step < last && there == state)
+                return shared.path[0];
+            there = static_cast<unsigned short>(state);
+            state = state_before(decisions, step - 1, state >> expand(step));
         }
-        // Rows are gone: the costs along the path are added up again. Up to the first clipped one they are the rows'.
-        const unsigned first = static_cast<unsigned>(path(seam + 1)) >> expand(seam + 1);
-        unsigned cost = kept_row[first >> 1] >> (first & 1) * 16 & 0xffff;
-        for (int step = seam + 1; step < last; ++step) {
-            cost += Metric(shared.x[weight(step)])(path(step) * multiplier);
+        return state;
+    }
+
+    // Whether a cost up to step `end` of the path was clipped in its row. Rows are gone: the costs are added up again,
+    // from the path's in the row behind the seam on. Up to the first one that was clipped they are the rows'.
+    static TRELLIS_DEVICE bool is_clipped(const Shared& shared, unsigned cost, int end) {
+        for (int step = lead; step < end; ++step) {
+            cost += Metric(shared.x[weight(step)])(shared.path[step - seam] * multiplier);
             if (cost > row_most)
-                return false;
-            if (step % normalize_every == normalize_every - 1)
+                return true;
+            if ((step + 1) % normalize_every == 0)
                 cost -= shared.least[step / normalize_every];
         }
-        return true;
+        return false;
     }
+
+    static TRELLIS_DEVICE bool is_clipped_from_seam(const Shared& shared, const unsigned* kept_row, int end) {
+        const unsigned first = static_cast<unsigned>(shared.path[1]) >> expand(lead);
+        const unsigned cost = kept_row[first >> 1] >> (first & 1) * 16 & 0xffff;
+        // the seam's own: one that equals the bound counts too, which at worst leaves a tile to the CPU
+        return cost + shared.least[seam / normalize_every] >= row_most || is_clipped(shared, cost, end);
+    }
+
+    // One thread's, behind the first pass: the best path of all fixes the seam's state, and the best that ends in it is
+    // cyclic if it joins that one.
+    static TRELLIS_DEVICE Outcome close(Shared& shared, const unsigned* decisions, const unsigned* kept_row) {
+        const unsigned end = state_before(decisions, last, shared.end & 0xffff);
+        const unsigned state = trace(shared, decisions, end, false);
+        shared.path[0] = static_cast<unsigned short>(state);
+        if (is_clipped_from_seam(shared, kept_row, steps))
+            return clipped;
+        const unsigned crossing = trace(shared, decisions, state, true);
+        if (is_clipped_from_seam(shared, kept_row, last))
+            return clipped;
+        return crossing == state ? found : not_cyclic;
+    }
+
+    // One thread's, behind the second pass, which began in the seam's state.
+    static TRELLIS_DEVICE Outcome close_from_seam(Shared& shared, const unsigned* decisions) {
+        unsigned now = shared.path[0];
+        for (int step = last; step > lead; --step) {
+            shared.path[step - seam] = static_cast<unsigned short>(now);
+            now = state_before(decisions, step - 1, now >> expand(step));
+        }
+        shared.path[lead - seam] = static_cast<unsigned short>(now);
+        return now >> expand(lead) != kept_by_lead(shared.path[0]) || is_clipped(shared, 0, last) ? clipped : found;
+    }
+
+    static TRELLIS_DEVICE unsigned kept_by_lead(unsigned state) { return state & ((1u << (L - fold(seam))) - 1); }
 
     static TRELLIS_DEVICE unsigned state(const Shared& shared, int i) { return shared.path[weights - i]; }
 
@@ -228,8 +273,28 @@ struct TileSearch {
     }
 
     static TRELLIS_DEVICE short fixed(float x) {
-        const float most = 32767.0f, scaled = x * fixed_point;
+        const float most = 512 * fixed_point - 1, scaled = x * fixed_point;
         return static_cast<short>(rintf(scaled > most ? most : scaled < -most ? -most : scaled));
+    }
+
+    template <class Team>
+    static TRELLIS_DEVICE void pass(Team& team, Shared& shared, unsigned short* row, unsigned* scratch, int first) {
+#pragma unroll 1
+        for (int step = first; step < steps; ++step) {
+            const bool is_few = fold(step) == few;
+            team.each([&](int thread, Own& own) {
+                if (is_few)
+                    search<few>(thread, own, shared, row, step, scratch);
+                else
+                    search<many>(thread, own, shared, row, step, scratch);
+            });
+            team.each([&](int thread, Own& own) {
+                if (is_few)
+                    store<few>(thread, own, shared, row, step, scratch + decision_words);
+                else
+                    store<many>(thread, own, shared, row, step, scratch + decision_words);
+            });
+        }
     }
 
     // x [256] in levels, finite; codes [2 M] and levels [256] out; *left: 1 where the search found no sure result,
@@ -238,7 +303,6 @@ struct TileSearch {
     template <class Team>
     static TRELLIS_DEVICE void encode(Team& team, Shared& shared, unsigned short* row, unsigned* scratch,
                                       const float* x, unsigned char* codes, float* levels, unsigned char* left) {
-        unsigned* const kept_row = scratch + decision_words;
         team.each([&](int thread, Own&) {
             for (int i = thread; i < weights; i += Threads)
                 shared.x[i] = fixed(x[i]);
@@ -249,46 +313,44 @@ struct TileSearch {
             if (thread == 0)
                 shared.end = 0xffffffffu;
         });
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            const bool short_one = fold(step) == few;
-            team.each([&](int thread, Own& own) {
-                if (short_one)
-                    search<few>(thread, own, shared, row, step, scratch);
-                else
-                    search<many>(thread, own, shared, row, step, scratch);
+        // one loop for both passes, so that the steps are compiled once
+        for (int first = 0;; first = lead) {
+            pass(team, shared, row, scratch, first);
+            if (first == 0)
+                team.each([&](int thread, Own&) {
+                    unsigned least = 0xffffffffu;
+                    for (int t = thread; t < 1 << (L - fold(last)); t += Threads) {
+                        const unsigned here = static_cast<unsigned>(row[t]) << 16 | static_cast<unsigned>(t);
+                        least = here < least ? here : least;
+                    }
+                    lower(&shared.end, least);
+                });
+            team.each([&](int thread, Own&) {
+                if (thread == 0)
+                    shared.outcome = first == 0 ? close(shared, scratch, scratch + decision_words)
+                                                : close_from_seam(shared, scratch);
             });
-            team.each([&](int thread, Own& own) {
-                if (short_one)
-                    store<few>(thread, own, shared, row, step, kept_row);
-                else
-                    store<many>(thread, own, shared, row, step, kept_row);
+            if (first > 0 || shared.outcome != not_cyclic)
+                break;
+            team.each([&](int thread, Own&) {
+                for (int i = lead / normalize_every + thread; i < steps / normalize_every; i += Threads)
+                    shared.least[i] = 0xffffffffu;
+                for (int i = thread; i < 1 << (L - fold(seam)); i += Threads)
+                    row[i] = static_cast<unsigned>(i) == kept_by_lead(shared.path[0]) ? 0 : row_most;
             });
         }
-        team.each([&](int thread, Own&) {
-            unsigned least = 0xffffffffu;
-            for (int t = thread; t < 1 << (L - fold(last)); t += Threads) {
-                const unsigned here = static_cast<unsigned>(row[t]) << 16 | static_cast<unsigned>(t);
-                least = here < least ? here : least;
-            }
-            lower(&shared.end, least);
-        });
-        team.each([&](int thread, Own&) {
-            if (thread == 0)
-                shared.found = trace(shared, scratch, kept_row);
-        });
         team.each([&](int thread, Own&) {
             for (int b = thread; b < 2 * M; b += Threads)
                 codes[b] = packed(shared, b);
             for (int i = thread; i < weights; i += Threads) {
                 levels[i] = static_cast<float>(byte_sum(state(shared, i) * multiplier) - centre);
                 if (!joins(shared, i))
-                    shared.found = 0;
+                    shared.outcome = not_cyclic;
             }
         });
         team.each([&](int thread, Own&) {
             if (thread == 0)
-                *left = !shared.found;
+                *left = shared.outcome != found;
         });
     }
 };
