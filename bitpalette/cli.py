@@ -27,6 +27,7 @@ def main() -> int:
     from .calibrate.plan import PlanError
     from .calibrate.text import CalibrationError
     from .formats.errors import FormatError
+    from .quant.native import NativeError
     from .quant.scheme import SchemeError
 
     try:
@@ -34,11 +35,12 @@ def main() -> int:
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "quantize"
         message = f"{error.format_message()} (see {command} --help)"
-    except (FormatError, PlanError, CalibrationError, SchemeError) as error:
+    except (FormatError, PlanError, CalibrationError, SchemeError, NativeError) as error:
         message = str(error)
     else:
         if code == INTERRUPTED:
-            print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+            resumes = "; the same command goes on where it stopped" if sys.argv[1:2] == ["run"] else ""
+            print("interrupted" + resumes, file=sys.stderr)
         return int(code or 0)
     line = Text.assemble(("error:", "red"), " ", " ".join(message.split()))
     Console(stderr=True, soft_wrap=True).print(line)

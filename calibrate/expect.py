@@ -26,7 +26,8 @@ _TOKENS, _WIDTH = 1024, 1024
 
 def expected_seconds(compilation: Any) -> float:
     """Seconds that `Compilation.run` is expected to take from its start."""
-    tokens = compilation.calibration.tokens if compilation.needs_stats else 0
+    collected = compilation.stats is not None and (compilation.stats / "fingerprint.json").exists()
+    tokens = compilation.calibration.tokens if compilation.needs_stats and not collected else 0
     flops, weights = 0.0, 0
     for name, weight in compilation.weights.items():
         if compilation.skeleton.block_of(name) is not None:

@@ -84,7 +84,7 @@ class Run:
         compiled = Compiled(self.skeleton, self.c.schemes, self.writer.read)
         settings = tune_settings(self.c)
         self.c.events.note(f"tuning scales and norms to the original model's output: at most {settings.steps} steps")
-        events = TuneEvents(self.c.events.tuning, self.c.events.note)
+        events = TuneEvents(step=self.c.events.tuning, note=self.c.events.note)
         tuned = tune(compiled, self.tokens, settings, self.journal.work, events)
         for name, value in tuned.values.items():
             self.writer.write(name, value)

@@ -89,11 +89,16 @@ int32_t TrellisSearch::cost(int row_step, uint32_t t) const {
 // The state of a step from the low bits that the next one keeps of it: the cheapest, of equals the first.
 uint32_t TrellisSearch::state_before(int step, uint32_t kept) {
     const Step& s = steps_[step];
+    const int32_t x = x_[s.weight];
+    const int16_t* levels = levels_ + kept;
     int32_t least = INT32_MAX; // cost * 32 + h
-    for (uint32_t h = 0; h < 1u << s.fold; ++h) {
-        const uint32_t state = h * s.kept + kept;
-        const int32_t total = cost(step, state >> s.expand) + metric(x_[s.weight], levels_[state]);
-        least = std::min(least, total << 5 | static_cast<int32_t>(h));
+    if (step % keep_every_ == 0) {
+        const uint16_t* from = row(step) + (kept >> s.expand);
+        for (int32_t h = 0; h < 1 << s.fold; ++h, levels += s.kept, from += s.kept >> s.expand)
+            least = std::min(least, (*from + metric(x, *levels)) << 5 | h);
+    } else {
+        for (int32_t h = 0; h < 1 << s.fold; ++h, levels += s.kept)
+            least = std::min(least, (cost(step, (h * s.kept + kept) >> s.expand) + metric(x, *levels)) << 5 | h);
     }
     clipped_ = clipped_ || least >> 5 > trellis_row_most;
     return (least & 31) * s.kept + kept;
@@ -116,7 +121,7 @@ bool TrellisSearch::search() {
     std::fill_n(row(0), row_size_, uint16_t{0});
     pass(0);
     const uint16_t* end = row(last_ + 1);
-    const auto best = std::min_element(end, end + steps_[last_].kept) - end;
+    const auto best = std::find(end, end + steps_[last_].kept, uint16_t{0}) - end; // its row has just been normalized
     const uint32_t seam = trace(state_before(last_, static_cast<uint32_t>(best)), seam_, false);
     path_[seam_] = static_cast<uint16_t>(seam);
     if (trace(seam, seam_, true) == seam)

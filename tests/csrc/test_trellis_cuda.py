@@ -32,10 +32,10 @@ Encoder = Callable[[Tensor, int, int, bool], tuple[Tensor, Tensor, Tensor]]
 
 
 def tiles_of(count: int) -> Tensor:
-    """float32 [count, 256]: normal ones, then zeros, one out of range, an outlier, constants, integers (many ties)."""
+    """float32 [count, 256]: normal ones, then zeros, half out of range, an outlier, constants, integers."""
     x = torch.randn(count, 256, generator=torch.Generator().manual_seed(7)) * 147.8
     x[-5] = 0
-    x[-4] = 1e30 * x[-4].sign()
+    x[-4, 64:192] = 1e30 * x[-4, 64:192].sign()
     x[-3, 100] = 1500
     x[-2] = -511
     x[-1] = x[-1].round()
@@ -85,7 +85,7 @@ def test_plain_cpp_gives_the_codes_of_the_cpu_encoder(encoder: Encoder, m: int, 
     codes, levels, left = encoder(x, m, window, False)
     want_codes, want_levels, want_left = expected(x, m, window)
     assert int(left.sum()) == want_left <= len(x) // 2
-    assert bool(left[-4])  # where all weights are far out of range, costs are clipped
+    assert bool(left[-4]) or m < 52  # far out of range, costs in sixty-fourths are clipped
     assert torch.equal(codes[~left], want_codes[~left])
     assert torch.equal(levels[~left], want_levels[~left])
 
