@@ -39,6 +39,7 @@ from .codec import Fields
 from .native import chosen_isa, cpu_module, isa_index
 from .scheme import Scheme, SchemeError
 from .tensor import QuantizedTensor
+from .trellis_cuda import encode_on_gpu
 
 TILE = 16
 MULTIPLIER = 0x83DCD12D
@@ -116,6 +117,20 @@ SWEET = ((1.0, 1.02), (2.0, 0.97), (3.0, 0.94), (4.0, 0.90), (5.0, 0.88))
 """(rate, input deviation by level deviation), measured on N(0, 1); in between it is nearly linear."""
 
 
+def encode(x: Tensor, row_bits: int, window: int) -> tuple[Tensor, Tensor]:
+    """(codes uint8 [tiles, 2 m], levels float32 [tiles, 256]) nearest to x float32 [tiles, 256], in units of levels.
+
+    The exact search of csrc/cpu/trellis_encode.h: the same for any number of threads and any instruction set.
+    """
+    x = x.contiguous()
+    codes = torch.empty(x.shape[0], 2 * row_bits, dtype=torch.uint8)
+    chosen = torch.empty_like(x)
+    isa, threads = isa_index(chosen_isa()), torch.get_num_threads()
+    addresses = codes.data_ptr(), chosen.data_ptr()
+    cpu_module().trellis_encode(isa, x.data_ptr(), x.shape[0], row_bits, window, *addresses, threads)
+    return codes, chosen
+
+
 class TrellisGrid:
     """One scale a row; a column block is 16 columns wide and all rows high."""
 
@@ -142,21 +157,11 @@ class TrellisGrid:
         (out, n), m = w.shape, self.scheme.row_bits
         tile_rows, tiles = tile_count((out, n))
         inverse = torch.where(self.scale == 0, 0.0, UNIT / self.scale)
-        x = torch.zeros(tile_rows * TILE, tiles * TILE)
+        x = torch.zeros(tile_rows * TILE, tiles * TILE, device=w.device)
         torch.mul(w, inverse[:, None], out=x[:out, :n])
-        x = x.view(tile_rows, TILE, tiles, TILE).transpose(1, 2).contiguous()
-        codes = torch.empty(tile_rows, tiles, 2 * m, dtype=torch.uint8)
-        chosen = torch.empty_like(x)
-        cpu_module().trellis_encode(
-            isa_index(chosen_isa()),
-            x.data_ptr(),
-            tile_rows * tiles,
-            m,
-            self.scheme.window,
-            codes.data_ptr(),
-            chosen.data_ptr(),
-            torch.get_num_threads(),
-        )
+        x = x.view(tile_rows, TILE, tiles, TILE).transpose(1, 2).reshape(-1, TILE * TILE)
+        codes, chosen = (encode_on_gpu if w.is_cuda else encode)(x, m, self.scheme.window)
+        codes, chosen = codes.view(tile_rows, tiles, 2 * m), chosen.view(tile_rows, tiles, TILE, TILE)
         values = chosen.transpose(1, 2).reshape(tile_rows * TILE, tiles * TILE)[:out, :n]
         return codes, values * (self.scale / UNIT)[:, None]
 
@@ -191,8 +196,8 @@ class TrellisCodec:
         }
 
     def grid(self, scheme: TrellisScheme, shape: tuple[int, int], device: torch.device) -> TrellisGrid:
-        if device.type != "cpu":
-            raise SchemeError(f"trellis codes are searched on the CPU; move the weight from {device} first")
+        if device.type not in ("cpu", "cuda"):
+            raise SchemeError(f"trellis codes are searched on a CPU or a CUDA GPU; move the weight from {device} first")
         return TrellisGrid(scheme, shape, device)
 
     def decode(self, qt: QuantizedTensor) -> Tensor:

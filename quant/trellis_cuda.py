@@ -101,9 +101,9 @@ def _kernel(device: int, launch: Launch) -> tuple[Any, int]:
 def encode_on_gpu(x: Tensor, row_bits: int, window: int) -> tuple[Tensor, Tensor]:
     """(codes uint8 [tiles, 2 m], levels float32 [tiles, 256]), on x's device, of tiles x [tiles, 256] in levels.
 
-    x is float32 on a CUDA device and finite. Runs on torch's current stream, for which it waits: tiles whose 16-bit
-    search found no sure result (quant/trellis.py says when) are encoded by the CPU, as all are there. ValueError for
-    another x, rate or window; NativeError where CuPy, a GPU that can run it or the native module is missing.
+    x is float32 on a CUDA device and finite. Runs on torch's current stream and waits for it: the few tiles whose costs
+    do not fit 16 bits (csrc/cpu/trellis_exact.h) are left to the CPU's encoder. ValueError for another x, rate or
+    window; NativeError where CuPy, a GPU that can run it or, for such tiles, the native module is missing.
     """
     launch = Launch(row_bits, window)
     if not (x.is_cuda and x.dtype == torch.float32 and x.ndim == 2 and x.shape[1] == WEIGHTS):

@@ -6,9 +6,12 @@ import importlib.util
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..calibrate.plan import Plan
 
 PROMPT = "Explain in two sentences why the sky is blue."
 
@@ -30,24 +33,26 @@ def demo_model() -> Path:
 
 def demo(
     bits: Annotated[float, typer.Option(help="Bits a weight, 1 to 5 in sixteenths or 6 to 8.")] = 4,
+    effort: Annotated[str, typer.Option(help="fast, normal, or best, as of `quantize run`.")] = "fast",
     out: Annotated[
         Path | None, typer.Option(help="Where to keep the result.", show_default="a temporary folder")
     ] = None,
 ) -> None:
     """Read SmolLM2-135M-Instruct, compile it, compare before and after, and let both write a few sentences."""
     from ..calibrate.plan import PlanError
+    from ..recipe import make_plan
 
-    if not 1 <= bits <= 8:
-        raise PlanError(f"--bits is 1 to 8; got {bits:g}")
-    model = demo_model()
+    if bits == 16:
+        raise PlanError("--bits is 1 to 8; got 16, which changes nothing")
+    plan, model = make_plan(bits=bits, effort=effort), demo_model()
     if out is not None:
-        _demo(model, bits, out)
+        _demo(model, plan, bits, out)
         return
     with tempfile.TemporaryDirectory() as folder:
-        _demo(model, bits, Path(folder) / "packed")
+        _demo(model, plan, bits, Path(folder) / "packed")
 
 
-def _demo(model: Path, bits: float, out: Path) -> None:
+def _demo(model: Path, plan: Plan, bits: float, out: Path) -> None:
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -57,16 +62,13 @@ def _demo(model: Path, bits: float, out: Path) -> None:
     from ..calibrate.text import Calibration
     from ..evaluation import library_prose, load_any, load_tokenizer, rates
     from ..formats.base import open_source
-    from ..recipe import make_plan
     from .generate import write_on
     from .run import compile_with_progress
     from .text import size
 
     console = Console(highlight=False)
-    console.print(f"1. Compile SmolLM2-135M-Instruct to {bits:g} bits with GPTQ and rotation, on 16k tokens of prose")
-    compilation = prepare_compilation(
-        str(model), out, make_plan(bits=bits), calibration=Calibration("builtin", 16384, 512, 0)
-    )
+    console.print(f"1. Compile SmolLM2-135M-Instruct to {bits:g} bits, on 16k tokens of prose")
+    compilation = prepare_compilation(str(model), out, plan, calibration=Calibration("builtin", 16384, 512, 0))
     compile_with_progress(compilation, False)
     console.print("2. Compare on text it was not calibrated on")
     before, after = open_source(str(model)), open_source(str(out))

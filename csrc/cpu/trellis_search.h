@@ -1,23 +1,20 @@
-// The search for one tile's states: passes, tail-biting, traceback. Rows of costs come from a TrellisStepUnit.
+// The search for one tile's states: two passes at most (trellis_plan.h), tail-biting, traceback.
 //
-// A pass starts `lead` weights before the seam (the end of the string, where weight 0 meets weight 255) with all states
-// equal, crosses it and goes once round the tile:
+// The best path of the free pass fixes the seam's state: the one that suits the lead before it and the 256 weights after
+// it. Traced back once more from that state at the end, a path falls in with the best one within some windows, so it
+// crosses the seam in the state that it ends in: it is cyclic, and the best of all that cross in this state. Where it
+// does not (3 % of the tiles at 1 bit, fewer above), a second pass starts in the seam's state.
 //
-//     weight   lead-1 ... 1 0 | 255 254 ............................ 1 0 |
-//     step     0 ...  lead-1  | lead ....................... lead+255    |
-//                            seam                                       end
-//
-// The best path fixes the seam's state: it is the one there that suits the lead before it and the 256 weights after it.
-// Traced back once more from that state at the end, a path falls in with the best one within some windows, so it crosses
-// the seam in the state that it ends in: it is cyclic, and the best of all that cross in this state. Where it does not
-// (3 % of the tiles at 1 bit, fewer above), a second pass starts in the seam's state.
+// Costs along the traced path are added up once more: if all are below what rows hold nothing was clipped on it, and no
+// clipped path, whose cost is understated, was better: it is the optimum. Else the exact search takes over.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "trellis_code.h"
-#include "trellis_step.h"
+#include "trellis_memory.h"
+#include "trellis_plan.h"
 
 namespace bitpalette {
 
@@ -26,7 +23,7 @@ class TrellisSearch {
     TrellisSearch(const TrellisStepUnit& unit, const TrellisCode& code);
 
     bool is_for(const TrellisStepUnit& unit, const TrellisCode& code) const {
-        return &unit == &unit_ && code.m == code_.m && code.window == code_.window;
+        return &unit == &unit_ && code.m == plan_.code.m && code.window == plan_.code.window;
     }
 
     // states [256] of the tile x [256] (in levels), which join cyclically. False where the 16-bit search could not find
@@ -34,34 +31,17 @@ class TrellisSearch {
     bool find(const float* x, uint16_t* states);
 
   private:
-    struct Step { // the same for every tile
-        int weight;
-        int expand, fold;
-        int kept; // states that a fold leaves, 2^(L - fold)
-        const int16_t* levels;
-    };
-
     bool search();
     void pass(int first);
     uint32_t trace(uint32_t state, int stop, bool join);
-    uint32_t state_before(int step, uint32_t kept);
-    int32_t cost(int row_step, uint32_t t) const;
-
-    uint16_t* row(int step);
-    const uint16_t* row(int step) const { return const_cast<TrellisSearch*>(this)->row(step); }
+    bool clipped(int last) const;
 
     const TrellisStepUnit& unit_;
-    TrellisCode code_;
-    int fixed_;             // of a level
-    const int16_t* levels_; // of every state, in order
-    int keep_every_;        // rows
-    int lead_, seam_, last_; // steps
-    int row_size_;
-    std::vector<Step> steps_;
-    std::vector<uint16_t> kept_rows_, passing_rows_;
+    TrellisPlan plan_;
+    std::unique_ptr<TrellisMemory> memory_;
     std::vector<uint16_t> path_; // a state for every step
+    std::vector<uint16_t> subtracted_; // from the row that enters a step
     int16_t x_[trellis_weights];
-    bool clipped_ = false; // a traced path's cost exceeds what rows hold
 };
 
 } // namespace bitpalette

@@ -29,6 +29,7 @@ struct TrellisStep {
     const int16_t* levels; // of all states, in the unit's order for (expand, fold)
     const uint16_t* from;  // A_i      [2^(window - expand)]
     uint16_t* to;          // A_{i-1}  [2^(window - fold)]
+    uint32_t* better;      // of `decide` only: decisions [2^(window - fold) / 32, 2^fold - 1]
     int window, expand, fold;
     int16_t x;
 };
@@ -38,6 +39,9 @@ struct TrellisStepUnit {
     int lanes;
     // by expand - 1 and fold - expand + 1: neighbouring weights' steps differ by a bit at most
     void (*step[trellis_most_step][3])(const TrellisStep& s);
+    // The same steps with decisions (trellis_memory.h), of vectors of 32, in units that make them.
+    void (*decide[trellis_most_step][3])(const TrellisStep& s);
+    bool decides;
     // Subtracts the least value of a row from all; returns it.
     uint16_t (*normalize)(uint16_t* row, int n);
 };

@@ -31,6 +31,8 @@ uint16_t normalize(uint16_t* row, int n) {
 const TrellisStepUnit trellis_step_scalar{
     1,
     {{step, step, step}, {step, step, step}, {step, step, step}, {step, step, step}, {step, step, step}},
+    {},
+    false,
     normalize};
 
 } // namespace bitpalette

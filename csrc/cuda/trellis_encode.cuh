@@ -1,8 +1,8 @@
 // The search of csrc/cpu/trellis_search.cpp, one block of threads for a tile, with the same result bit for bit.
 //
 // The arithmetic is that of csrc/cpu/trellis_step.h. What differs is where things are kept. The row of costs, at most
-// 64 KiB, stays in shared memory for all 320 steps and is replaced in place: a step reads it in one phase, holding what
-// it finds in registers, and writes it in the next. Of a step only its decisions are stored: 4 KiB at L = 16, where the
+// 64 KiB, stays in shared memory for all steps and is replaced in place: a step reads it in one phase, holding what it
+// finds in registers, and writes it in the next. Of a step only its decisions are stored: 4 KiB at L = 16, where the
 // rows themselves would be up to 64.
 //
 // A block is a sequence of phases with a barrier behind each (`Team::each`); between two barriers no thread reads what
@@ -101,6 +101,7 @@ struct TileSearch {
         unsigned least[steps / normalize_every];
         unsigned end; // cheapest cost of all << 16 | where in the last row
         int outcome;
+        int apart;                        // whether neighbours' states do not join
         unsigned short path[weights + 1]; // states of the steps from the seam on
     };
 
@@ -297,9 +298,8 @@ struct TileSearch {
         }
     }
 
-    // x [256] in levels, finite; codes [2 M] and levels [256] out; *left: 1 where the search found no sure result,
-    // which the 64-bit search of the CPU then does. row [row_size] and shared are the block's, scratch [scratch_words]
-    // too.
+    // x [256] in levels, finite; codes [2 M] and levels [256] out. *left: 1 where costs do not fit 16 bits, for which
+    // the CPU has another search; else 0. row [row_size], shared and scratch [scratch_words] are the block's own.
     template <class Team>
     static TRELLIS_DEVICE void encode(Team& team, Shared& shared, unsigned short* row, unsigned* scratch,
                                       const float* x, unsigned char* codes, float* levels, unsigned char* left) {
@@ -310,8 +310,10 @@ struct TileSearch {
                 shared.least[i] = 0xffffffffu;
             for (int i = thread; i < row_size; i += Threads)
                 row[i] = 0;
-            if (thread == 0)
+            if (thread == 0) {
                 shared.end = 0xffffffffu;
+                shared.apart = 0;
+            }
         });
         // one loop for both passes, so that the steps are compiled once
         for (int first = 0;; first = lead) {
@@ -345,12 +347,12 @@ struct TileSearch {
             for (int i = thread; i < weights; i += Threads) {
                 levels[i] = static_cast<float>(byte_sum(state(shared, i) * multiplier) - centre);
                 if (!joins(shared, i))
-                    shared.outcome = not_cyclic;
+                    shared.apart = 1;
             }
         });
         team.each([&](int thread, Own&) {
             if (thread == 0)
-                *left = shared.outcome != found;
+                *left = shared.outcome != found || shared.apart;
         });
     }
 };

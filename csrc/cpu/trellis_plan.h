@@ -1,0 +1,46 @@
+// What a pass over a tile does in each of its steps, the same for all tiles of one code.
+//
+// A pass starts `lead` weights before the seam (the end of the string, where weight 0 meets weight 255) with all states
+// equal, crosses it and goes once round the tile:
+//
+//     weight   lead-1 ... 1 0 | 255 254 ............................ 1 0 |
+//     step     0 ...  lead-1  | lead ....................... lead+255    |
+//                            seam                                       end
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "trellis_code.h"
+#include "trellis_step.h"
+
+namespace bitpalette {
+
+struct TrellisPlan {
+    struct Step {
+        int weight;
+        int expand, fold;
+        int kept;              // states that the fold leaves, 2^(L - fold)
+        const int16_t* levels; // in the unit's order
+    };
+
+    TrellisPlan(const TrellisStepUnit& unit, const TrellisCode& code);
+
+    // Every so many steps a row's least value is subtracted from it, which keeps rows below 32767.
+    static constexpr int normalize_every = 8;
+
+    TrellisCode code;
+    int fixed;             // of a level
+    const int16_t* levels; // of all states, in order
+    int lead, seam, last;  // steps: how many before the seam, the one before it, the last of all
+    int row_size;          // room for the longest row
+    std::vector<Step> steps;
+};
+
+// The cost of a state with this level for a weight x: trellis_step.h.
+inline int32_t trellis_metric(int32_t x, int32_t level) {
+    const int32_t d = x - level < -32768 ? -32768 : x - level > 32767 ? 32767 : x - level;
+    return (d * d + (1 << 14)) >> 15;
+}
+
+} // namespace bitpalette
