@@ -19,14 +19,21 @@ from typing import Annotated, Any
 
 import typer
 
-COMMON = ["--codec", "int", "--bits", "4", "--group-size", "64", "--head-bits", "16", "--embed-bits", "16"]
+COMMON = ["--head-bits", "16", "--embed-bits", "16"]
+INT4 = ["--codec", "int", "--bits", "4", "--group-size", "64"]
+RATES = (4.0, 3.5, 3.0, 2.5, 2.0)
 RECIPES: dict[str, list[str]] = {
-    "gptq + rotation": ["--solver", "gptq", "--rotate"],
-    "gptq": ["--solver", "gptq", "--no-rotate"],
-    "awq": ["--solver", "awq", "--no-rotate"],
-    "awq+gptq": ["--solver", "awq+gptq", "--no-rotate"],
-    "rtn": ["--solver", "rtn", "--no-rotate"],
-    "rtn + rotation": ["--solver", "rtn", "--rotate"],
+    "gptq + rotation": [*INT4, "--solver", "gptq", "--rotate"],
+    "gptq": [*INT4, "--solver", "gptq", "--no-rotate"],
+    "awq": [*INT4, "--solver", "awq", "--no-rotate"],
+    "awq+gptq": [*INT4, "--solver", "awq+gptq", "--no-rotate"],
+    "rtn": [*INT4, "--solver", "rtn", "--no-rotate"],
+    "rtn + rotation": [*INT4, "--solver", "rtn", "--rotate"],
+    "gptq + rotation + fold": [*INT4, "--solver", "gptq", "--rotate", "--fold"],
+    "gptq + rotation, 3 bits": ["--codec", "int", "--bits", "3", "--group-size", "64", "--solver", "gptq", "--rotate"],
+    **{f"trellis {rate:g}": ["--codec", "trellis", "--bits", f"{rate:g}"] for rate in RATES},
+    **{f"trellis {rate:g}, best": ["--codec", "trellis", "--bits", f"{rate:g}", "--effort", "best"] for rate in RATES},
+    "trellis 3.5, head and embeddings 4": ["--codec", "trellis", "--bits", "3.5", "--head-bits", "4"],
 }
 QUANTIZE = [sys.executable, "-m", "bitpalette"]
 
@@ -44,10 +51,16 @@ def measure(model: str, data: Path, recipe: list[str], tokens: int, stats: Path 
         calibration = ["--calib", str(data / "valid.txt"), "--calib-tokens", str(tokens)]
         if stats is not None:
             calibration += ["--stats", str(stats)]
-        ran = call(["run", model, out, *COMMON, *recipe, *calibration])
+        ran = call(["run", model, out, *([] if "--head-bits" in recipe else COMMON), *recipe, *calibration])
         text = ["--text", str(data / "test.txt"), "--seq-len", "512", "--chunks", "32"]
         evaluated = call(["eval", out, "--against", model, *text])
-    return {"recipe": recipe, "run_seconds": ran["seconds"], "peak_memory_bytes": ran["peak_memory_bytes"], **evaluated}
+    return {
+        "recipe": recipe,
+        "file_bytes": ran["file_bytes"],
+        "run_seconds": ran["seconds"],
+        "peak_memory_bytes": ran["peak_memory_bytes"],
+        **evaluated,
+    }
 
 
 def main(

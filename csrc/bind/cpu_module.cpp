@@ -12,6 +12,7 @@
 #include "../cpu/parallel.h"
 #include "../cpu/trellis_decode.h"
 #include "../cpu/trellis_encode.h"
+#include "../cpu/trellis_linear.h"
 
 namespace py = pybind11;
 using namespace bitpalette;

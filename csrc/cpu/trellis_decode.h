@@ -1,4 +1,4 @@
-// Decoding codec `trellis`, straight from the canonical layout (trellis_code.h): single rows, and y = x W^T.
+// Decoding rows of codec `trellis`, straight from the canonical layout (trellis_code.h). y = x W^T: trellis_linear.h.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,9 @@ struct TrellisWeight {
     int64_t tiles() const { return (in + trellis_side - 1) / trellis_side; } // in a row of tiles
 };
 
-// y [n, in] float32 = rows `index` of W (index null: all of them, n = out), each exactly float(level) * (scale / 128).
+// y [n, in] float32 = rows `index` of W, each exactly float(level) * (scale / 128). index null:
+// all rows, n = out, or none.
 // std::invalid_argument for sizes, rates, windows or rows that do not exist, or a missing instruction set.
 void trellis_decode(Isa isa, const TrellisWeight& w, const int64_t* index, int64_t n, float* y, int threads);
-
-// y [tokens, out] = x [tokens, in] W^T, in float32.
-void trellis_linear(Isa isa, const TrellisWeight& w, const float* x, int64_t tokens, float* y, int threads);
 
 } // namespace bitpalette

@@ -1,7 +1,6 @@
 #include "trellis_encode.h"
 
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -16,20 +15,30 @@ const TrellisStepUnit& unit_of(Isa isa) {
 #if BITPALETTE_X86
     if (isa == Isa::avx512)
         return trellis_step_avx512;
+    if (isa == Isa::avx2)
+        return trellis_step_avx2;
 #endif
     return trellis_step_scalar;
 }
 
 // A step's new bits are its state's lowest: weight i has bits offset(i) .. offset(i + 1) - 1 of the tile for itself.
 void pack(const TrellisCode& code, const uint16_t* states, uint8_t* tile) {
-    std::memset(tile, 0, static_cast<size_t>(code.bytes()));
+    uint32_t pending = 0;
+    int bits = 0;
     for (int i = 0; i < trellis_weights; ++i) {
-        const int bit = code.offset(i);
-        const uint32_t bits = (states[i] & ((1u << code.step(i)) - 1)) << (bit % 8);
-        tile[bit / 8] = static_cast<uint8_t>(tile[bit / 8] | bits);
-        if (bits > 0xff)
-            tile[bit / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+        const int step = code.step(i);
+        pending |= (states[i] & ((1u << step) - 1)) << bits;
+        for (bits += step; bits >= 8; bits -= 8, pending >>= 8)
+            *tile++ = static_cast<uint8_t>(pending);
     }
+}
+
+// Whether the tile's bits say what the search meant. They do unless states that follow each other do not join.
+bool reads_back(const TrellisCode& code, const uint8_t* tile, const uint16_t* states) {
+    bool same = true;
+    for (int i = 0; i < trellis_weights; ++i)
+        same &= code.state(tile, i) == states[i];
+    return same;
 }
 
 } // namespace
@@ -60,16 +69,14 @@ int64_t trellis_encode(Isa isa, const float* x, int64_t tiles, const TrellisCode
             c.exact += !search->find(c.x + k * trellis_weights, states);
             uint8_t* tile = c.codes + k * c.code.bytes();
             pack(c.code, states, tile);
-            for (int i = 0; i < trellis_weights; ++i) {
-                c.broken += c.code.state(tile, i) != states[i];
-                if (c.levels != nullptr)
-                    c.levels[k * trellis_weights + i] = static_cast<float>(trellis_level(states[i]));
-            }
+            c.broken += !reads_back(c.code, tile, states);
+            for (int i = 0; c.levels != nullptr && i < trellis_weights; ++i)
+                c.levels[k * trellis_weights + i] = static_cast<float>(trellis_level(states[i]));
         }
     };
     parallel_for(tiles, threads, body, &call);
     if (call.broken > 0)
-        throw std::logic_error("trellis: " + std::to_string(call.broken) + " states that do not join; please report");
+        throw std::logic_error("trellis: " + std::to_string(call.broken) + " tiles whose states do not join; please report");
     return call.exact;
 }
 

@@ -1,7 +1,7 @@
 #include "trellis_linear.h"
 
 #include <algorithm>
-#include <array>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -25,22 +25,10 @@ const TrellisLinearUnit& unit_of(Isa isa) {
     return trellis_linear_scalar;
 }
 
-int useful_threads(int64_t weights, int threads) {
-    return static_cast<int>(std::clamp<int64_t>(weights / weights_per_thread, 1, std::max(threads, 1)));
-}
-
-void check(Isa isa, const TrellisWeight& w) {
-    if (!isa_available(isa))
-        throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
-    if (w.out < 1 || w.in < 1)
-        throw std::invalid_argument("trellis: a weight [" + std::to_string(w.out) + ", " + std::to_string(w.in) + "]");
-    trellis_check(w.code);
-}
-
-TrellisRows rows_of(const TrellisCode& code) {
-    TrellisRows rows{};
+TrellisTileWindows windows_of(const TrellisCode& code) {
+    TrellisTileWindows windows{};
     for (int r = 0; r < trellis_side; ++r) {
-        TrellisRow& row = rows.row[r];
+        TrellisRowWindows& row = windows.row[r];
         // a piece is read inside its tile: after the last tile there may be no memory
         const int latest = code.bytes() - (r == trellis_side - 1 ? trellis_piece - 2 : trellis_piece);
         row.begin = r == trellis_side - 1 ? latest : std::min(code.offset(trellis_side * r) / 8, latest);
@@ -54,76 +42,74 @@ TrellisRows rows_of(const TrellisCode& code) {
             }
         }
     }
-    return rows;
+    return windows;
 }
 
 // Made once: 65 rates of 2 KiB, 0.1 ms, against 2 us a call.
-const TrellisRows& rows_for(const TrellisCode& code) {
+const TrellisTileWindows& windows_for(const TrellisCode& code) {
     constexpr int rates = trellis_most_bits - trellis_least_bits + 1;
-    static const std::vector<TrellisRows> all = [] {
-        std::vector<TrellisRows> made;
+    static const std::vector<TrellisTileWindows> all = [] {
+        std::vector<TrellisTileWindows> made;
         for (int k = 0; k < rates; ++k)
-            made.push_back(rows_of({trellis_least_bits + k, 16}));
+            made.push_back(windows_of({trellis_least_bits + k, 16}));
         return made;
     }();
     return all[static_cast<size_t>(code.m - trellis_least_bits)];
 }
 
-// Kept between calls, one a thread.
-uint8_t* room_for_pieces(const TrellisWeight& w) {
+// Aligned to a cache line; kept between calls.
+float* room_for_x(int64_t floats) {
+    constexpr size_t line = 64;
+    thread_local std::vector<float> room;
+    room.resize(static_cast<size_t>(floats) + line / sizeof(float));
+    void* at = room.data();
+    size_t bytes = room.size() * sizeof(float);
+    return static_cast<float*>(std::align(line, static_cast<size_t>(floats) * sizeof(float), at, bytes));
+}
+
+} // namespace
+
+TrellisDecoder trellis_decoder(Isa isa, const TrellisWeight& w) {
+    if (!isa_available(isa))
+        throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
+    if (w.out < 1 || w.in < 1)
+        throw std::invalid_argument("trellis: a weight [" + std::to_string(w.out) + ", " + std::to_string(w.in) + "]");
+    trellis_check(w.code);
+    return {unit_of(isa), windows_for(w.code)};
+}
+
+int trellis_threads(int64_t weights, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(weights / weights_per_thread, 1, std::max(threads, 1)));
+}
+
+uint8_t* trellis_pieces_room(const TrellisWeight& w) {
     thread_local std::vector<uint8_t> room;
     room.resize(static_cast<size_t>(w.tiles() * trellis_piece));
     return room.data();
 }
 
-} // namespace
-
-void trellis_gemv(Isa isa, const TrellisWeight& w, const float* x, int64_t tokens, float* y, int threads) {
-    check(isa, w);
-    const int64_t padded = w.tiles() * trellis_side;
-    if (padded != w.in) { // the columns that fill up the last tile have levels too: they meet zeros
-        thread_local std::vector<float> room;
-        room.resize(static_cast<size_t>(padded * tokens));
-        for (int64_t t = 0; t < tokens; ++t)
-            std::fill(std::copy_n(x + t * w.in, w.in, &room[static_cast<size_t>(t * padded)]),
-                      room.data() + (t + 1) * padded, 0.0f);
-        x = room.data();
-    }
+void trellis_linear(Isa isa, const TrellisWeight& w, const float* x, int64_t tokens, float* y, int threads) {
+    const TrellisDecoder decoder = trellis_decoder(isa, w);
+    // x as it is read: from the start of a cache line, zeros where columns fill up the last tile, and an odd number of
+    // lines from token to token, since tokens a multiple of 4 KiB apart would compete for one set of the cache
+    const int64_t x_row = (w.tiles() | 1) * trellis_side;
+    float* packed = room_for_x(tokens * x_row);
+    for (int64_t t = 0; t < tokens; ++t)
+        std::fill(std::copy_n(x + t * w.in, w.in, packed + t * x_row), packed + (t + 1) * x_row, 0.0f);
     struct Call {
-        const TrellisLinearUnit& unit;
+        const TrellisDecoder& decoder;
         const TrellisWeight& w;
-        const TrellisRows& rows;
         const float* x;
-        int64_t tokens;
+        int64_t x_row, tokens;
         float* y;
-    } call{unit_of(isa), w, rows_for(w.code), x, tokens, y};
+    } call{decoder, w, packed, x_row, tokens, y};
     const auto body = [](void* context, int64_t begin, int64_t end) {
         const Call& c = *static_cast<const Call*>(context);
-        c.unit.linear(c.w, c.rows, c.x, c.tokens, c.y, begin, end, room_for_pieces(c.w));
+        c.decoder.unit.linear(c.w, c.decoder.windows, c.x, c.x_row, c.tokens, c.y, begin, end,
+                              trellis_pieces_room(c.w));
     };
     const int64_t tile_rows = (w.out + trellis_side - 1) / trellis_side;
-    parallel_for(tile_rows, useful_threads(w.out * w.in * std::max<int64_t>(tokens, 1), threads), body, &call);
-}
-
-void trellis_decode_fast(Isa isa, const TrellisWeight& w, const int64_t* index, int64_t n, float* y, int threads) {
-    check(isa, w);
-    if (index == nullptr && n != w.out)
-        throw std::invalid_argument("trellis: " + std::to_string(n) + " rows of " + std::to_string(w.out));
-    for (int64_t i = 0; index != nullptr && i < n; ++i)
-        if (index[i] < 0 || index[i] >= w.out)
-            throw std::invalid_argument("trellis: row " + std::to_string(index[i]) + " of " + std::to_string(w.out));
-    struct Call {
-        const TrellisLinearUnit& unit;
-        const TrellisWeight& w;
-        const TrellisRows& rows;
-        const int64_t* index;
-        float* y;
-    } call{unit_of(isa), w, rows_for(w.code), index, y};
-    const auto body = [](void* context, int64_t begin, int64_t end) {
-        const Call& c = *static_cast<const Call*>(context);
-        c.unit.decode(c.w, c.rows, c.index, begin, end, c.y, room_for_pieces(c.w));
-    };
-    parallel_for(n, useful_threads(n * w.in, threads), body, &call);
+    parallel_for(tile_rows, trellis_threads(w.out * w.in * std::max<int64_t>(tokens, 1), threads), body, &call);
 }
 
 } // namespace bitpalette

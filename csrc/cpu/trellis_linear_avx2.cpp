@@ -11,7 +11,7 @@ struct Avx2 {
     using Floats = __m256;
     using Ints = __m256i;
     static constexpr int lanes = 8, parts = 2;
-    static constexpr int most_chained = 2; // of 16 registers, eight are constants and what is being decoded
+    static constexpr int most_chained = 2; // tokens with two sums each: of 16 registers, half are for decoding
 
     static Floats zero() { return _mm256_setzero_ps(); }
     static Floats all(float value) { return _mm256_set1_ps(value); }

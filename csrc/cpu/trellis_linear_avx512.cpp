@@ -15,7 +15,7 @@ struct Avx512 {
     using Floats = __m512;
     using Ints = __m512i;
     static constexpr int lanes = 16, parts = 1;
-    static constexpr int most_chained = 4;
+    static constexpr int most_chained = 4; // tokens with two sums each; from five on, one each fills the pipelines
 
     static Floats zero() { return _mm512_setzero_ps(); }
     static Floats all(float value) { return _mm512_set1_ps(value); }

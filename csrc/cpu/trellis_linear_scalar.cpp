@@ -54,10 +54,14 @@ struct Scalar {
     static Ints times(Ints a, Ints b) {
         return each<uint32_t>([&](int i) { return a.at[i] * b.at[i]; });
     }
+    // The first byte picked says where the other two are; what a window has no bits in is masked out afterwards.
     static Ints bytes(const uint8_t* piece, const Ints& pick) {
-        const auto byte = [&](uint32_t p) { return p & 0x80 ? 0u : piece[p & 15]; };
+        uint8_t padded[trellis_piece + 4] = {};
+        std::memcpy(padded, piece, trellis_piece);
         return each<uint32_t>([&](int i) {
-            return byte(pick.at[i] & 0xff) | byte(pick.at[i] >> 8 & 0xff) << 8 | byte(pick.at[i] >> 16 & 0xff) << 16;
+            const uint8_t* from = padded + (pick.at[i] & 15);
+            return from[0] | static_cast<uint32_t>(from[1]) << 8 | static_cast<uint32_t>(from[2]) << 16 |
+                   static_cast<uint32_t>(from[3]) << 24;
         });
     }
     static Floats level(Ints product) {

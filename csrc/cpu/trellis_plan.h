@@ -37,10 +37,10 @@ struct TrellisPlan {
     std::vector<Step> steps;
 };
 
-// The cost of a state with this level for a weight x: trellis_step.h.
-inline int32_t trellis_metric(int32_t x, int32_t level) {
-    const int32_t d = x - level < -32768 ? -32768 : x - level > 32767 ? 32767 : x - level;
-    return (d * d + (1 << 14)) >> 15;
+// The metric of trellis_step.h without the saturation of d, which only changes costs that do not fit a row.
+inline uint32_t trellis_metric(int32_t x, int32_t level) {
+    const uint32_t d = static_cast<uint32_t>(x - level);
+    return (d * d + (1u << 14)) >> 15;
 }
 
 } // namespace bitpalette

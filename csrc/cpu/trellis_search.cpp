@@ -6,31 +6,17 @@
 #include "trellis_exact.h"
 
 namespace bitpalette {
-namespace {
-
-// Decisions cost a comparison for a state, rows are 16 bits for 2^fold states: at long windows and short steps 256 rows
-// (8 MiB at L = 16 and 2 bits) leave the second-level cache.
-std::unique_ptr<TrellisMemory> memory_for(const TrellisStepUnit& unit, const TrellisPlan& plan) {
-    const bool decide = unit.decides && ((plan.code.window == 16 && plan.code.m < 64) ||
-                                         (plan.code.window == 14 && plan.code.m < 32));
-    return decide ? trellis_keep_decisions(plan) : trellis_keep_rows(plan);
-}
-
-} // namespace
-
 TrellisSearch::TrellisSearch(const TrellisStepUnit& unit, const TrellisCode& code)
-    : unit_(unit), plan_(unit, code), memory_(memory_for(unit, plan_)), path_(plan_.steps.size()),
+    : unit_(unit), plan_(unit, code), rows_(plan_), path_(plan_.steps.size()),
       subtracted_(plan_.steps.size() + 1) {}
 
 void TrellisSearch::pass(int first) {
     subtracted_[first] = 0;
     for (int step = first; step <= plan_.last; ++step) {
         const TrellisPlan::Step& s = plan_.steps[step];
-        uint16_t* to = memory_->row(step + 1);
-        uint32_t* better = memory_->better(step);
-        const auto& step_of = better == nullptr ? unit_.step : unit_.decide;
-        step_of[s.expand - 1][s.fold - s.expand + 1](
-            {s.levels, memory_->row(step), to, better, plan_.code.window, s.expand, s.fold, x_[s.weight]});
+        uint16_t* to = rows_[step + 1];
+        unit_.step[s.expand - 1][s.fold - s.expand + 1](
+            {s.levels, rows_[step], to, plan_.code.window, s.expand, s.fold, x_[s.weight]});
         const bool normalize = (step + 1) % TrellisPlan::normalize_every == 0;
         subtracted_[step + 1] = normalize ? unit_.normalize(to, s.kept) : uint16_t{0};
     }
@@ -43,14 +29,14 @@ uint32_t TrellisSearch::trace(uint32_t state, int stop, bool join) {
         if (join && step < plan_.last && path_[step] == state)
             return path_[stop];
         path_[step] = static_cast<uint16_t>(state);
-        state = memory_->state_before(step - 1, state >> plan_.steps[step].expand, x_);
+        state = rows_.state_before(step - 1, state >> plan_.steps[step].expand, x_);
     }
     return state;
 }
 
 // Whether a cost that the traceback compared, up to the one of step `last`, does not fit a row.
-bool TrellisSearch::clipped(int last) const {
-    int32_t cost = memory_->row(plan_.lead)[path_[plan_.lead] >> plan_.steps[plan_.lead].expand];
+bool TrellisSearch::clipped(int last) {
+    uint32_t cost = rows_[plan_.lead][path_[plan_.lead] >> plan_.steps[plan_.lead].expand];
     if (cost + subtracted_[plan_.lead] >= trellis_row_most)
         return true;
     for (int step = plan_.lead; step <= last; ++step) {
@@ -64,18 +50,18 @@ bool TrellisSearch::clipped(int last) const {
 
 bool TrellisSearch::search() {
     const int seam = plan_.seam, lead = plan_.lead, last = plan_.last;
-    std::fill_n(memory_->row(0), plan_.row_size, uint16_t{0});
+    std::fill_n(rows_[0], plan_.row_size, uint16_t{0});
     pass(0);
-    const uint16_t* end = memory_->row(last + 1); // just normalized: the best end is at 0
+    const uint16_t* end = rows_[last + 1]; // just normalized: the best end is at 0
     const auto best = std::find(end, end + plan_.steps[last].kept, uint16_t{0}) - end;
-    const uint32_t state = trace(memory_->state_before(last, static_cast<uint32_t>(best), x_), seam, false);
+    const uint32_t state = trace(rows_.state_before(last, static_cast<uint32_t>(best), x_), seam, false);
     path_[seam] = static_cast<uint16_t>(state);
     if (clipped(last))
         return false;
     if (trace(state, seam, true) == state)
         return !clipped(last - 1);
 
-    uint16_t* start = memory_->row(lead);
+    uint16_t* start = rows_[lead];
     std::fill_n(start, plan_.steps[seam].kept, trellis_row_most);
     start[state & (plan_.steps[seam].kept - 1)] = 0;
     pass(lead);

@@ -10,10 +10,9 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
-#include "trellis_memory.h"
+#include "trellis_rows.h"
 #include "trellis_plan.h"
 
 namespace bitpalette {
@@ -34,11 +33,11 @@ class TrellisSearch {
     bool search();
     void pass(int first);
     uint32_t trace(uint32_t state, int stop, bool join);
-    bool clipped(int last) const;
+    bool clipped(int last);
 
     const TrellisStepUnit& unit_;
     TrellisPlan plan_;
-    std::unique_ptr<TrellisMemory> memory_;
+    TrellisRows rows_;
     std::vector<uint16_t> path_; // a state for every step
     std::vector<uint16_t> subtracted_; // from the row that enters a step
     int16_t x_[trellis_weights];

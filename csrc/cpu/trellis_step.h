@@ -10,7 +10,7 @@
 // blocks. Costs of states are never stored, only rows.
 //
 // Arithmetic, the same everywhere (16-bit integers):
-//     d      = x - level, saturating; both are in sixteenths, thirty-seconds or sixty-fourths (trellis_levels.h)
+//     d      = x - level, saturating (sixty-fourths can); both are in sixteenths, thirty-seconds or sixty-fourths (trellis_levels.h)
 //     metric = (d * d + 2^14) >> 15, at most 32768
 //     cost   = A[t] + metric: rows are at most 32767, so nothing wraps
 //     row    = min(costs, 32767)
@@ -25,11 +25,15 @@ namespace bitpalette {
 constexpr uint16_t trellis_row_most = 32767;
 constexpr int trellis_most_step = 5; // bits
 
+// Sixty-fourths come with steps of 3 bits and more only: rates from 52 sixteenths on.
+constexpr bool trellis_saturates(int expand, int fold) {
+    return expand >= 3 && fold >= 3;
+}
+
 struct TrellisStep {
     const int16_t* levels; // of all states, in the unit's order for (expand, fold)
     const uint16_t* from;  // A_i      [2^(window - expand)]
     uint16_t* to;          // A_{i-1}  [2^(window - fold)]
-    uint32_t* better;      // of `decide` only: decisions [2^(window - fold) / 32, 2^fold - 1]
     int window, expand, fold;
     int16_t x;
 };
@@ -39,15 +43,13 @@ struct TrellisStepUnit {
     int lanes;
     // by expand - 1 and fold - expand + 1: neighbouring weights' steps differ by a bit at most
     void (*step[trellis_most_step][3])(const TrellisStep& s);
-    // The same steps with decisions (trellis_memory.h), of vectors of 32, in units that make them.
-    void (*decide[trellis_most_step][3])(const TrellisStep& s);
-    bool decides;
     // Subtracts the least value of a row from all; returns it.
     uint16_t (*normalize)(uint16_t* row, int n);
 };
 
 extern const TrellisStepUnit trellis_step_scalar;
 #if BITPALETTE_X86
+extern const TrellisStepUnit trellis_step_avx2;
 extern const TrellisStepUnit trellis_step_avx512;
 #endif
 

@@ -49,23 +49,26 @@ __m512i order() {
     return _mm512_load_si512(lane);
 }
 
-template <int E, int F, bool decide>
+// Saturating subtraction runs on fewer ports than the plain one.
+template <bool saturates>
+__m512i difference(__m512i a, __m512i b) {
+    return saturates ? _mm512_subs_epi16(a, b) : _mm512_sub_epi16(a, b);
+}
+
+template <int E, int F>
 void step(const TrellisStep& s) {
     const __m512i x = _mm512_set1_epi16(s.x), most = _mm512_set1_epi16(trellis_row_most), natural = order<E>();
     const int n = 1 << (s.window - F), stride = n >> E;
     const int16_t* level = s.levels;
     const uint16_t* from = s.from;
     uint16_t* to = s.to;
-    uint32_t* better = s.better;
     for (int t = 0; t < n; t += lanes, from += lanes >> E) {
         __m512i least = most;
 #pragma GCC unroll 32
         for (int h = 0; h < 1 << F; ++h, level += lanes) {
             _mm_prefetch(reinterpret_cast<const char*>(level + prefetch), _MM_HINT_T0);
-            const __m512i d = _mm512_subs_epi16(x, _mm512_load_si512(level));
+            const __m512i d = difference<trellis_saturates(E, F)>(x, _mm512_load_si512(level));
             const __m512i cost = _mm512_add_epi16(_mm512_mulhrs_epi16(d, d), repeat<E>(from + h * stride));
-            if (decide && h > 0)
-                *better++ = _cvtmask32_u32(_mm512_cmplt_epu16_mask(cost, least));
             least = _mm512_min_epu16(least, cost);
         }
         _mm512_store_si512(to + t, E == 5 ? least : _mm512_permutexvar_epi16(natural, least));
@@ -88,17 +91,11 @@ uint16_t normalize(uint16_t* row, int n) {
 } // namespace
 
 const TrellisStepUnit trellis_step_avx512{lanes,
-                                          {{nullptr, step<1, 1, false>, step<1, 2, false>},
-                                           {step<2, 1, false>, step<2, 2, false>, step<2, 3, false>},
-                                           {step<3, 2, false>, step<3, 3, false>, step<3, 4, false>},
-                                           {step<4, 3, false>, step<4, 4, false>, step<4, 5, false>},
-                                           {step<5, 4, false>, step<5, 5, false>, nullptr}},
-                                          {{nullptr, step<1, 1, true>, step<1, 2, true>},
-                                           {step<2, 1, true>, step<2, 2, true>, step<2, 3, true>},
-                                           {step<3, 2, true>, step<3, 3, true>, step<3, 4, true>},
-                                           {step<4, 3, true>, nullptr, nullptr},
-                                           {nullptr, nullptr, nullptr}},
-                                          true,
+                                          {{nullptr, step<1, 1>, step<1, 2>},
+                                           {step<2, 1>, step<2, 2>, step<2, 3>},
+                                           {step<3, 2>, step<3, 3>, step<3, 4>},
+                                           {step<4, 3>, step<4, 4>, step<4, 5>},
+                                           {step<5, 4>, step<5, 5>, nullptr}},
                                           normalize};
 
 } // namespace bitpalette

@@ -31,8 +31,6 @@ uint16_t normalize(uint16_t* row, int n) {
 const TrellisStepUnit trellis_step_scalar{
     1,
     {{step, step, step}, {step, step, step}, {step, step, step}, {step, step, step}, {step, step, step}},
-    {},
-    false,
     normalize};
 
 } // namespace bitpalette

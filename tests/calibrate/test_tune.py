@@ -504,4 +504,4 @@ def test_scaled_linear(dtype: torch.dtype, bias: bool) -> None:
 
 
 def test_learning_rate() -> None:
-    assert [tuning.learning_rate(b) for b in (1, 2, 3, 4)] == [2e-3, 2e-3, 1e-3, 5e-4]
+    assert [tuning.learning_rate(b) for b in (1, 2, 3, 4)] == [4e-3, 4e-3, 2e-3, 1e-3]
