@@ -29,7 +29,7 @@ from bitpalette.quant.trellis import DEVIATION, WINDOWS, TrellisScheme, best_inp
 
 BITS = (1.0, 1.5, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
 TARGETS = {16: 1.4, 14: 0.37, 12: 0.13}
-"""Microseconds for a weight that issue 3 asks of one AVX-512 core, by window."""
+"""Microseconds for a weight, by window, aimed at on one AVX-512 core."""
 
 WEIGHTS = {16: 8 * 256, 14: 32 * 256, 12: 128 * 256}
 """Of a round: some milliseconds with vectors, whole tiles enough to average those that need a second pass."""

@@ -39,7 +39,8 @@ def test_presets(preset: str, model: Path, monkeypatch, capsys) -> None:
     code, _, told = call(monkeypatch, capsys, "run", model, out, *options)
     assert code == 0, told
     assert f"solver {PRESETS[preset].solver}: about " in told.splitlines()[0] and "on this machine" in told
-    original, packed = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), bitpalette.load(out, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    packed = bitpalette.load(out, dtype=torch.float32)
     ids = torch.arange(40).view(1, 40) % 64
     with torch.no_grad():
         a, b = original(input_ids=ids).logits, packed(input_ids=ids).logits
