@@ -44,8 +44,10 @@ class Sizes:
 
 @dataclass
 class Events:
-    """What a caller is told while a compilation runs. tuning: (steps done, planned, held-out KL, seconds left)."""
+    """What a caller is told while a compilation runs. begin: everything is checked, and work begins. tuning: (steps
+    done, planned, held-out KL, seconds left)."""
 
+    begin: Callable[[], None] = lambda: None
     layer: Callable[[Record, float], None] = lambda record, seconds: None
     part: Callable[[int, int], None] = lambda done, parts: None
     note: Callable[[str], None] = lambda text: None

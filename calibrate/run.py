@@ -45,6 +45,7 @@ class Run:
     def __init__(self, compilation: Any, journal: Journal, writer: ShardWriter) -> None:
         self.c, self.journal, self.writer = compilation, journal, writer
         self.skeleton = compilation.skeleton
+        self.begun = False
         self.tokens: Tensor | None = None
         self.stream: Stream | None = None
         self.store: StatsStore | None = None
@@ -64,6 +65,7 @@ class Run:
             self._collect(self.store)
         elif self.c.needs_stats and done <= blocks:
             self._start(done)
+        self._begin()
         for part in range(done, blocks + 1):
             records = list(self._block(part) if part < blocks else self._outside())
             self.writer.sync()
@@ -74,6 +76,11 @@ class Run:
                 self.journal.save_hidden(part + 1, self.stream.hidden, HIDDEN_EVERY)
         if self.c.plan.tune and len(self.journal.parts) == blocks + 1:
             self._tune()
+
+    def _begin(self) -> None:
+        if not self.begun:
+            self.begun = True
+            self.c.events.begin()
 
     def _tune(self) -> None:
         """Scales and norms fitted to the original model's output, in place of those written."""
@@ -98,6 +105,7 @@ class Run:
         """The stream at the input of `block`: from the hidden states kept last, through the blocks written since."""
         assert self.c.calibration is not None
         self.tokens = self._tokens(self.c.calibration)
+        self._begin()
         self.stream = streaming.start(self.skeleton, self.tokens, self.c.dtype)
         kept = self.journal.hidden(block)
         first = 0
@@ -115,6 +123,7 @@ class Run:
         self.c.events.note(f"Fisher diagonals of {len(weights)} weights: {self.c.calibration.tokens} tokens, backwards")
         model = load_model(self.c.source, torch.float32)
         tokens = self._tokens(self.c.calibration)
+        self._begin()
         self.journal.save_fisher(fisher_diagonal(model, weights, tokens, self.c.plan.seed))
 
     def _tokens(self, calibration: Calibration) -> Tensor:
@@ -143,6 +152,7 @@ class Run:
             return
         assert self.c.calibration is not None
         self.tokens = self._tokens(self.c.calibration)
+        self._begin()
         self.stream = streaming.start(self.skeleton, self.tokens, self.c.dtype)
         for index in range(blocks):
             names = self.skeleton.parameters_of(index)

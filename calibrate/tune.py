@@ -6,7 +6,8 @@ from the original is followed downhill by Adam, in all multipliers of rows and a
 changed by about a percent, at no cost when the model runs. A part of the text is held out: it says which of the states
 on the way is best, when to stop, and whether anything is to be kept at all.
 
-    tune.py             what to do with how much time: plan, steps, held-out text
+    tune.py             the run: steps, held-out text, going on where it was killed
+    tune_schedule.py    settings, and which sequences are looked at in which step
     tune_student.py     the compiled model with multipliers, and what is stored of them
     tune_reference.py   what the original gives, block by block
     tune_loss.py        KL by chunks of positions
@@ -20,7 +21,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ from .plan import PlanError
 from .skeleton import DTYPES
 from .tune_loss import Map, divergence, logit_map
 from .tune_reference import head_inputs_of, original_head
+from .tune_schedule import Schedule, TuneSettings, evaluations, held_out_of, learning_rate, schedule
 from .tune_state import load_state, save_state
 from .tune_student import Compiled, Student
+
+__all__ = ["Compiled", "TuneEvents", "TuneSettings", "Tuned", "learning_rate", "tune"]
 
 STATE = "tune.safetensors"
 RESULT = "tune-result.safetensors"
@@ -48,49 +52,6 @@ BETAS = (0.9, 0.99)
 
 MARGIN = 0.9
 """Of the time box that is planned for: steps vary by some percent."""
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """How to tune.
-
-    steps: of Adam, at most; their rates fall from `scale_rate` (multipliers of rows) and `norm_rate` (relative changes
-    of gains) to 0 along a cosine; a rate of 0 leaves these as they are. step_tokens: of one step, at least one
-    sequence. seconds: time box for everything, None without; the number of steps is planned to fit in. held_out: share
-    of the sequences that decide, the last ones; at least 2 and at most `held_out_tokens` tokens. patience: evaluations
-    (8 in all) without a better one before it stops. dtype: quantized weights are held in; products are in float32.
-    """
-
-    steps: int = 128
-    scale_rate: float = 2e-3
-    norm_rate: float = 2e-3
-    step_tokens: int = 512
-    seconds: float | None = None
-    held_out: float = 0.1
-    held_out_tokens: int = 4096
-    patience: int = 3
-    dtype: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name != "dtype" and value is not None and not value >= 0:
-                raise PlanError(f"tuning: {f.name} is at least 0; got {value!r}")
-        if not 0 < self.held_out < 1:
-            raise PlanError(f"tuning: held_out is a share between 0 and 1; got {self.held_out!r}")
-        if self.dtype not in DTYPES:
-            raise PlanError(f"tuning: dtype is one of {list(DTYPES)}; got {self.dtype!r}")
-
-
-def learning_rate(bits: float) -> float:
-    """A rate for weights of that many bits on average: errors halve with every bit, and so do the changes that make up
-    for them.
-
-    Measured at 2.25 bits (int, 40 steps, KL on other text 1.153 before): .815 by 2e-3, .751 by 4e-3, .729 by 1e-2, of
-    which the last was restless on the way; .853 by scales alone and .983 by norms alone at 2e-3.
-    """
-    return 4e-3 * 2.0 ** (2.0 - max(bits, 2.0))
 
 
 @dataclass
@@ -116,50 +77,6 @@ class Tuned:
     seconds: float
     history: list[tuple[int, float]]
     left_out: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What is done, once it is decided. every: steps between evaluations. order: sequences of each step. held_out:
-    sequences that are."""
-
-    steps: int
-    every: int
-    order: list[list[int]]
-    held_out: list[int]
-
-    @property
-    def sequences(self) -> list[int]:
-        """All that are looked at, ascending."""
-        return sorted({i for step in self.order for i in step} | set(self.held_out))
-
-    def rate(self, step: int) -> float:
-        """Share of the learning rate at a step, counted from 0."""
-        return 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
-
-def schedule(sequences: int, seq_len: int, settings: TuneSettings, steps: int) -> Schedule:
-    """For so many steps. Passes over the text are each in an order of their own, drawn from the seed."""
-    held_out = held_out_of(sequences, seq_len, settings)
-    training = sequences - len(held_out)
-    batch = max(1, settings.step_tokens // seq_len)
-    generator = torch.Generator().manual_seed(settings.seed)
-    order: list[int] = []
-    while len(order) < steps * batch:
-        order += torch.randperm(training, generator=generator).tolist()
-    by_step = [order[i * batch : (i + 1) * batch] for i in range(steps)]
-    return Schedule(steps, -(-steps // evaluations(steps)), by_step, held_out)
-
-
-def held_out_of(sequences: int, seq_len: int, settings: TuneSettings) -> list[int]:
-    """The last of the sequences."""
-    count = min(round(settings.held_out * sequences), settings.held_out_tokens // seq_len)
-    return list(range(sequences - max(2, count), sequences))
-
-
-def evaluations(steps: int) -> int:
-    """How often the held-out text is looked at, the beginning not counted: an evaluation costs some steps."""
-    return max(1, min(8, steps // 4))
 
 
 def tune(

@@ -199,8 +199,12 @@ def compile_with_progress(compilation: Any, as_json: bool) -> dict[str, Any]:
             progress.update(tuning[0], completed=done, total=steps, description=f"tuning, held-out KL {kl:.4f}")
 
         compilation.events.tuning = tuned
-        expected = expected_seconds(compilation)
-        console.print(f"{_what(compilation.plan)}: about {duration(expected)} on this machine")
+
+        def begin() -> None:
+            expected = duration(expected_seconds(compilation))
+            console.print(f"{_what(compilation.plan)}: about {expected} on this machine")
+
+        compilation.events.begin = begin
         records = compilation.run()
     sizes = compilation.sizes()
     summary = {

@@ -1,16 +1,16 @@
 // The code of codec `trellis`: what a bit string means. The format in whole is in quant/trellis.py.
 //
 // A tile is 16 x 16 weights, rows are outputs; weight i = 16 * row + column. Its 16 m bits (m = 16 * rate) are one
-// cyclic little-endian string, bit j being bit j % 8 of byte j // 8, and weight i reads the 16 bits from floor(i m / 16)
-// on. m = 40:
+// cyclic little-endian string, bit j being bit j % 8 of byte j // 8, and weight i reads the 16 bits from floor(i m /
+// 16) on. m = 40:
 //
 //     bit   0    2    5    7    10        16   18   21        40 = row 1               640 = 0
 //           [......... weight 0 .........)                    |                         |
 //                [......... weight 1 .........)               [......... weight 16 ........)
 //                     [......... weight 2 .........)                     ... weight 255 wraps round to bit 0
 //
-// state = the window's low L bits, level = the sum of the bytes of state * 0x83DCD12D (mod 2^32) - 510, weight = level *
-// scale / 128.
+// state = the window's low L bits, level = the sum of the bytes of state * 0x83DCD12D (mod 2^32) - 510, weight = level
+// * scale / 128.
 #pragma once
 
 #include <cstdint>

@@ -76,7 +76,8 @@ int64_t trellis_encode(Isa isa, const float* x, int64_t tiles, const TrellisCode
     };
     parallel_for(tiles, threads, body, &call);
     if (call.broken > 0)
-        throw std::logic_error("trellis: " + std::to_string(call.broken) + " tiles whose states do not join; please report");
+        throw std::logic_error("trellis: " + std::to_string(call.broken) +
+                               " tiles whose states do not join; please report");
     return call.exact;
 }
 

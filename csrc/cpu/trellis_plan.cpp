@@ -8,12 +8,12 @@
 namespace bitpalette {
 namespace {
 
-// Whole eighths, so that both passes begin with a normalized row that is kept. A path forgets where it began within 2 to
-// 3 windows (L / rate weights); this many lose .01 to .015 dB against 160 at L = 12, a third as many would lose .04.
+// Whole eighths, so that both passes begin with a normalized row that is kept. A path forgets where it began within 2
+// to 3 windows (L / rate weights); this many lose .01 to .015 dB against 160 at L = 12, a third as many would lose .04.
 int lead_steps(const TrellisCode& code) {
     const double steps = code.window * (0.5 + 72.0 / code.m);
-    return std::max(16, static_cast<int>(std::lround(steps / TrellisPlan::normalize_every)) *
-                            TrellisPlan::normalize_every);
+    return std::max(16,
+                    static_cast<int>(std::lround(steps / TrellisPlan::normalize_every)) * TrellisPlan::normalize_every);
 }
 
 } // namespace

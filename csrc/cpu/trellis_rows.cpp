@@ -87,9 +87,8 @@ uint32_t TrellisRows::state_before(int step, uint32_t low, const int16_t* x) {
         const int32_t weight = x[s.weight];
         const uint16_t* from = (*this)[step] + (low >> s.expand);
         const int16_t* levels = plan_.levels + low;
-        best = cheapest(1 << s.fold, [=](int h) {
-            return from[h * (kept >> s.expand)] + trellis_metric(weight, levels[h * kept]);
-        });
+        best = cheapest(1 << s.fold,
+                        [=](int h) { return from[h * (kept >> s.expand)] + trellis_metric(weight, levels[h * kept]); });
     } else {
         if (step != next_ || (step + 1) % every_ == 0)
             compute_cone(step, low, x);

@@ -40,8 +40,8 @@ class TrellisRows {
     int every_; // steps
     std::vector<uint16_t> memory_;
     std::vector<uint16_t*> rows_; // by step
-    std::vector<Level> cone_; // by step % every_
-    int next_ = 0;            // step for which the cone holds the states that lead to where the path has come
+    std::vector<Level> cone_;     // by step % every_
+    int next_ = 0;                // step for which the cone holds the states that lead to where the path has come
 };
 
 } // namespace bitpalette

@@ -7,8 +7,7 @@
 
 namespace bitpalette {
 TrellisSearch::TrellisSearch(const TrellisStepUnit& unit, const TrellisCode& code)
-    : unit_(unit), plan_(unit, code), rows_(plan_), path_(plan_.steps.size()),
-      subtracted_(plan_.steps.size() + 1) {}
+    : unit_(unit), plan_(unit, code), rows_(plan_), path_(plan_.steps.size()), subtracted_(plan_.steps.size() + 1) {}
 
 void TrellisSearch::pass(int first) {
     subtracted_[first] = 0;

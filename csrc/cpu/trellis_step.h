@@ -10,10 +10,9 @@
 // blocks. Costs of states are never stored, only rows.
 //
 // Arithmetic, the same everywhere (16-bit integers):
-//     d      = x - level, saturating (sixty-fourths can); both are in sixteenths, thirty-seconds or sixty-fourths (trellis_levels.h)
-//     metric = (d * d + 2^14) >> 15, at most 32768
-//     cost   = A[t] + metric: rows are at most 32767, so nothing wraps
-//     row    = min(costs, 32767)
+//     d      = x - level, saturating (sixty-fourths can); both are in sixteenths, thirty-seconds or sixty-fourths
+//     (trellis_levels.h) metric = (d * d + 2^14) >> 15, at most 32768 cost   = A[t] + metric: rows are at most 32767,
+//     so nothing wraps row    = min(costs, 32767)
 #pragma once
 
 #include <cstdint>

@@ -29,8 +29,6 @@ uint16_t normalize(uint16_t* row, int n) {
 } // namespace
 
 const TrellisStepUnit trellis_step_scalar{
-    1,
-    {{step, step, step}, {step, step, step}, {step, step, step}, {step, step, step}, {step, step, step}},
-    normalize};
+    1, {{step, step, step}, {step, step, step}, {step, step, step}, {step, step, step}, {step, step, step}}, normalize};
 
 } // namespace bitpalette

@@ -18,6 +18,7 @@ from bitpalette.calibrate import tune_loss, tune_reference, tune_student
 from bitpalette.calibrate.plan import PlanError
 from bitpalette.calibrate.skeleton import Skeleton
 from bitpalette.calibrate.tune import Compiled, Tuned, TuneEvents, TuneSettings, tune
+from bitpalette.calibrate.tune_schedule import held_out_of, learning_rate, schedule
 from bitpalette.calibrate.tune_student import ScaledLinear, Student, gain_offset
 from bitpalette.calibrate.whole import load_model
 from bitpalette.formats.base import open_source
@@ -99,7 +100,7 @@ def text() -> Tensor:
 
 
 def held_out(text: Tensor, settings: TuneSettings = QUICK) -> Tensor:
-    return text[tuning.held_out_of(len(text), text.shape[1], settings)]
+    return text[held_out_of(len(text), text.shape[1], settings)]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -271,6 +272,14 @@ def test_best_state_is_kept_not_the_last(case: Make, text: Tensor, tmp_path: Pat
     assert result.history[1][1] * 2 == pytest.approx(result.after, rel=1e-3)
 
 
+def test_nothing_where_rounding_spoils_it(case: Make, text: Tensor, tmp_path: Path, monkeypatch: Any) -> None:
+    plain = Student.values
+    monkeypatch.setattr(Student, "values", lambda s: {k: torch.zeros_like(v) for k, v in plain(s).items()})
+    notes: list[str] = []
+    result = tune(case().compiled(), text, QUICK, tmp_path / "w", TuneEvents(note=notes.append))
+    assert result.values == {} and "rounded as stored" in notes[-1]
+
+
 def test_bad_settings(case: Make, text: Tensor, tmp_path: Path) -> None:
     for values in ({"steps": -1}, {"scale_rate": math.nan}, {"held_out": 1.0}, {"dtype": "int8"}, {"seconds": -2.0}):
         with pytest.raises(PlanError, match=next(iter(values))):
@@ -415,15 +424,15 @@ def test_too_little_time(case: Make, text: Tensor, tmp_path: Path, monkeypatch: 
 
 def test_schedule() -> None:
     settings = TuneSettings(step_tokens=64)
-    plan = tuning.schedule(40, 32, settings, 45)
+    plan = schedule(40, 32, settings, 45)
     assert plan.held_out == [36, 37, 38, 39]
     assert [len(step) for step in plan.order] == [2] * 45
     flat = [i for step in plan.order for i in step]
     assert sorted(flat[:36]) == sorted(flat[36:72]) == list(range(36)) and flat[:36] != flat[36:72]
     assert plan.rate(0) == 1 and 0 < plan.rate(44) < 0.01
-    assert tuning.schedule(40, 32, settings, 9).order == plan.order[:9]
-    assert len(tuning.held_out_of(1000, 512, settings)) == 8
-    assert tuning.held_out_of(4, 512, settings) == [2, 3]
+    assert schedule(40, 32, settings, 9).order == plan.order[:9]
+    assert len(held_out_of(1000, 512, settings)) == 8
+    assert held_out_of(4, 512, settings) == [2, 3]
 
 
 @pytest.mark.parametrize("chunk", [1, 203 * 5, 1 << 23])
@@ -504,4 +513,4 @@ def test_scaled_linear(dtype: torch.dtype, bias: bool) -> None:
 
 
 def test_learning_rate() -> None:
-    assert [tuning.learning_rate(b) for b in (1, 2, 3, 4)] == [4e-3, 4e-3, 2e-3, 1e-3]
+    assert [learning_rate(b) for b in (1, 2, 3, 4)] == [4e-3, 4e-3, 2e-3, 1e-3]

@@ -109,7 +109,7 @@ def test_instruction_sets_agree(window: int) -> None:
 
 def test_threads_and_neighbours_do_not_matter() -> None:
     x = normal_tiles(23, seed=1)
-    codes, chosen, _ = encode(x, 37, 12)
+    codes, _, _ = encode(x, 37, 12)
     for threads in (2, 3, 64):
         assert torch.equal(encode(x, 37, 12, threads=threads)[0], codes)
     backwards, _, _ = encode(x.flip(0).contiguous(), 37, 12)
