@@ -115,7 +115,7 @@ def make_plan(
     asked for belong to `int`. rotate: None is as the preset has it, or with solvers that feed errors back, where it
     pays (the README has a table). effort: one of EFFORTS. fold: the rotation of the residual stream goes into the
     weights beside it, where that is exact, instead of being computed while the model runs. It saves rotations and costs
-    quality (figures in the README): the norms' gains, which damp the inputs' outliers, move into the weights that are
+    quality: the norms' gains, which damp the inputs' outliers, move into the weights that are
     rounded.
     """
     for name, width in (("--bits", bits), ("--head-bits", head_bits), ("--embed-bits", embed_bits)):

@@ -61,7 +61,8 @@ def isa_index(name: str) -> int:
 
 
 def chosen_isa() -> str:
-    """The fastest instruction set here, or the one that BITPALETTE_CPU_ISA forces."""
+    """The fastest instruction set here, or the one that BITPALETTE_CPU_ISA forces. NativeError without the module."""
+    cpu_module()
     return os.environ.get(ISA_VARIABLE) or available_isas()[-1]
 
 

@@ -77,7 +77,8 @@ def test_run_prints_a_line_for_each_layer(
     monkeypatch.setattr(sys, "argv", ["quantize", "run", str(model), str(out), *SMALL])
     assert main() == 0
     shown = capsys.readouterr()
-    lines = shown.err.splitlines()
+    told, *lines = shown.err.splitlines()
+    assert told.startswith("int group_size=16, solver rtn: about ") and told.endswith(" on this machine")
     entries = json.loads((out / "config.json").read_text())["quantization_config"]["tensors"]
     assert sorted(line.split()[0] for line in lines) == sorted(entries)
     line = next(line for line in lines if line.startswith("model.layers.0.mlp.down_proj.weight"))
