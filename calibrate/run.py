@@ -120,10 +120,10 @@ class Run:
         if not self.c.by_fisher or self.journal.has_fisher():
             return
         weights = {n: w for n, w in self.c.weights.items() if n in self.c.by_fisher}
-        self.c.events.note(f"Fisher diagonals of {len(weights)} weights: {self.c.calibration.tokens} tokens, backwards")
-        model = load_model(self.c.source, torch.float32)
         tokens = self._tokens(self.c.calibration)
         self._begin()
+        self.c.events.note(f"Fisher diagonals of {len(weights)} weights: {self.c.calibration.tokens} tokens, backwards")
+        model = load_model(self.c.source, torch.float32)
         self.journal.save_fisher(fisher_diagonal(model, weights, tokens, self.c.plan.seed))
 
     def _tokens(self, calibration: Calibration) -> Tensor:
