@@ -187,7 +187,7 @@ def test_an_instruction_set_that_is_not_there(call: Call, monkeypatch: pytest.Mo
 def test_without_native_code(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitpalette.quant.native._cpu", None)
     assert rows(call(*SMALL, "--rate", "2", "--json"))["about"]["isa"] is None
-    assert "no native code" in call(*SMALL, "--rate", "2").out
+    assert "no native code" in " ".join(call(*SMALL, "--rate", "2").out.split())  # lines are broken anywhere
     refused(call("--codec", "trellis", "--rate", "2"), "the CPU extension is not built")
 
 
