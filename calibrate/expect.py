@@ -1,8 +1,8 @@
 """How long a compilation will take here: told before it starts.
 
 Counted: matrix products of the calibration passes at the speed that one product shows now, and the search for codes at
-the speed that a few tiles show now. What neither covers (reading, attention, norms) is in FORWARD_OVERHEAD, measured on
-a model of 135 M weights, where it is large.
+the speed that a few tiles show now. What neither covers (reading, attention, norms) is in FORWARD_OVERHEAD, an
+allowance: it is larger for small models.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ def best_input_scale(scheme: TrellisScheme) -> float:
 
 
 SWEET = ((1.0, 1.02), (2.0, 0.97), (3.0, 0.94), (4.0, 0.90), (5.0, 0.88))
-"""(rate, input deviation by level deviation), measured on N(0, 1); in between it is nearly linear."""
+"""(rate, input deviation by level deviation) of about the least error on N(0, 1), linear in between. The best values
+depend on the window as well; these cost up to about 1 % of the error at 1 bit, and 1.6 % at 5 bits with window 12."""
 
 
 def encode(x: Tensor, row_bits: int, window: int) -> tuple[Tensor, Tensor]:
