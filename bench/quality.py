@@ -3,7 +3,7 @@
     python bench/quality.py MODEL --data DIR [--only NAME ...] [--out results.json]
 
 DIR holds valid.txt (calibration) and test.txt (evaluation). Every row is two commands that a user could run, and the
-JSON keeps them beside their figures.
+JSON keeps them beside their figures and the commit. A file that is there already keeps its other rows.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def measure(model: str, data: Path, recipe: list[str], tokens: int, stats: Path 
         evaluated = call(["eval", out, "--against", model, *text])
     return {
         "recipe": recipe,
+        "shared_stats": stats is not None,
         "file_bytes": ran["file_bytes"],
         "run_seconds": ran["seconds"],
         "peak_memory_bytes": ran["peak_memory_bytes"],
@@ -73,10 +74,15 @@ def main(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    rows: dict[str, Any] = {}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    rows: dict[str, Any] = json.loads(out.read_text())["rows"] if out is not None and out.exists() else {}
     for name in only or RECIPES:
-        rows[name] = measure(model, data, RECIPES[name], tokens, stats)
+        rows[name] = {"commit": commit, **measure(model, data, RECIPES[name], tokens, stats)}
         print(f"done: {name}: {rows[name]['kl_divergence']:.4f}", file=sys.stderr, flush=True)
+        if out is not None:
+            about = {"machine": platform.machine(), "cores": os.cpu_count(), "common": COMMON, "tokens": tokens}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     print("| recipe | bits | KL, nats/token | perplexity | top-1 % | seconds |")
     print("|---|---|---|---|---|---|")
     for name, r in rows.items():
@@ -84,19 +90,6 @@ def main(
             f"| {name} | {r['bits_per_weight']:.3f} | {r['kl_divergence']:.4f} ± {r['kl_standard_error']:.4f} "
             f"| {r['perplexity']:.2f} | {100 * r['top1_agreement']:.1f} | {r['run_seconds']:.0f} |"
         )
-    if out is not None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        about = {
-            "commit": commit,
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "common": COMMON,
-            "stats": stats is not None,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"about": about, "tokens": tokens, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
