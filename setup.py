@@ -64,7 +64,8 @@ def cpu_sources(root: Path, machine: str) -> list[str]:
         isa = instruction_set(name)
         if isa in (None, "scalar") or machine in INSTRUCTION_SETS[isa][0]:
             wanted.append(name)
-    return [module, *wanted]
+    parts = [p.relative_to(root).as_posix() for p in sorted((root / "csrc/bind").glob("cpu_*.cpp"))]
+    return [module, *(part for part in parts if part != module), *wanted]
 
 
 class CudaDecision(NamedTuple):

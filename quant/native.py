@@ -28,7 +28,7 @@ except ImportError as error:  # built without a compiler, or for another Python:
     _cpu, import_error = None, str(error)
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Activation dtypes by the number that csrc knows them by (csrc/cpu/int4.h, Dtype)."""
+"""Activation dtypes by the number that csrc knows them by (csrc/cpu/dtype.h)."""
 
 
 def why_no_cpu_module() -> str | None:

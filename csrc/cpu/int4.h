@@ -20,6 +20,7 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace bitpalette {
@@ -27,8 +28,6 @@ namespace bitpalette {
 constexpr int int4_block_rows = 16;
 constexpr int int4_tile_columns = 32;
 constexpr int int4_tile_bytes = int4_block_rows * int4_tile_columns / 2;
-
-enum class Dtype { f32 = 0, f16 = 1, bf16 = 2 };
 
 struct Int4Weight {
     const uint8_t* codes;

@@ -1,0 +1,78 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "half.h"
+#include "parallel.h"
+
+namespace bitpalette {
+namespace {
+
+// Below this many bytes of codes a thread, waking another thread (about 2 us) costs more than it saves.
+constexpr int64_t bytes_per_thread = 64 << 10;
+
+int worth_waking(int64_t bytes, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(bytes / bytes_per_thread, 1, std::max(threads, 1)));
+}
+
+} // namespace
+
+void linear_group(const LinearOutput* outputs, int n, Activations& x, int threads) {
+    int64_t blocks = 0, bytes = 0;
+    for (int i = 0; i < n; ++i) {
+        if (outputs[i].weight->in != x.in())
+            throw std::invalid_argument("a weight takes " + std::to_string(outputs[i].weight->in) +
+                                        " features in, got " + std::to_string(x.in()));
+        x.need(outputs[i].weight->form());
+        blocks += outputs[i].weight->blocks();
+        bytes += outputs[i].weight->bytes();
+    }
+    struct Call {
+        const LinearOutput* outputs;
+        const Activations& x;
+    } call{outputs, x};
+    const auto body = [](void* context, int64_t begin, int64_t end) {
+        const Call& c = *static_cast<const Call*>(context);
+        int64_t first = 0; // block of the present weight, counted over all
+        for (const LinearOutput* o = c.outputs; first < end; ++o) {
+            const int64_t from = std::max(begin, first) - first;
+            const int64_t to = std::min(end - first, o->weight->blocks());
+            if (from < to)
+                o->weight->multiply(c.x, o->y, o->y_row, from, to);
+            first += o->weight->blocks();
+        }
+    };
+    parallel_for(blocks, worth_waking(bytes * std::max<int64_t>(x.tokens(), 1), threads), body, &call);
+}
+
+void linear_rows(const LinearWeight& w, const int64_t* index, int64_t n, float* rows, int threads) {
+    for (int64_t i = 0; i < n; ++i)
+        if (index[i] < 0 || index[i] >= w.out)
+            throw std::invalid_argument("row " + std::to_string(index[i]) + " of a weight with " +
+                                        std::to_string(w.out));
+    struct Call {
+        const LinearWeight& w;
+        const int64_t* index;
+        float* rows;
+    } call{w, index, rows};
+    const auto body = [](void* context, int64_t begin, int64_t end) {
+        const Call& c = *static_cast<const Call*>(context);
+        c.w.decode(c.index, begin, end, c.rows);
+    };
+    parallel_for(n, worth_waking(n * w.in, threads), body, &call);
+}
+
+void store_outputs(const float* from, int64_t from_row, int64_t tokens, int64_t out, const void* bias, Dtype dtype,
+                   void* y) {
+    for (int64_t t = 0; t < tokens; ++t, from += from_row)
+        for (int64_t r = 0; r < out; ++r) {
+            const float value = bias == nullptr ? from[r] : from[r] + load_element(bias, dtype, r);
+            store_element(y, dtype, t * out + r, value);
+        }
+}
+
+} // namespace bitpalette
