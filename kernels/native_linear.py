@@ -79,7 +79,7 @@ def native_linear(
     weights: native `LinearWeight`s. transform: a native `InputTransform`, or None.
     """
     x = x.contiguous()
-    kept = [b if b is None or b.dtype == x.dtype and b.is_contiguous() else b.to(x.dtype).contiguous() for b in bias]
+    kept = [b if b is None or (b.dtype == x.dtype and b.is_contiguous()) else b.to(x.dtype).contiguous() for b in bias]
     cpu_module().linear(
         weights,
         isa,
