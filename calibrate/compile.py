@@ -161,7 +161,9 @@ class Compilation:
         )
 
     def _job(self, max_shard_bytes: int, dtype: str) -> dict[str, Any]:
-        calibration = self.calibration and {**asdict(self.calibration), "fingerprint": self.calibration.fingerprint()}
+        calibration = None
+        if self.calibration is not None:  # the text by its bytes: where it lies does not matter
+            calibration = {**asdict(self.calibration), "text": self.calibration.fingerprint()}
         return {
             "model": self.source.fingerprint(),
             "plan": self.plan.to_dict(),

@@ -387,3 +387,19 @@ def test_interface(checkpoint: Callable[..., Path], compilation: Make, tree: Tre
     compilation(model, model.parent / "b", plan=plan).run()
     a, b = tree(model.parent / "a"), tree(model.parent / "b")
     assert a["model.safetensors"] == b["model.safetensors"]
+
+
+def test_statistics_go_by_what_the_text_says(
+    checkpoint: Callable[..., Path], compilation: Make, tmp_path: Path
+) -> None:
+    """A copy of the text in another place finds the statistics; another text does not."""
+    model = checkpoint("llama")
+    texts = {"a": "one two three four " * 200, "copy": "one two three four " * 200, "other": "five six seven " * 200}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    own = {"solver": "gptq", "stats": tmp_path / "stats"}
+    compilation(model, tmp_path / "x", text=str(tmp_path / "a"), **own).run()
+    records = compilation(model, tmp_path / "y", text=str(tmp_path / "copy"), **own).run()
+    assert records[0].tokens == 128
+    with pytest.raises(FormatError, match="another calibration"):
+        compilation(model, tmp_path / "z", text=str(tmp_path / "other"), **own).run()
