@@ -30,6 +30,7 @@ inline Dtype dtype_from_index(int index) {
     return static_cast<Dtype>(index);
 }
 
+void bind_bandwidth(pybind11::module_& m);
 void bind_int(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_quantizers(pybind11::module_& m);

@@ -23,4 +23,5 @@ PYBIND11_MODULE(_cpu, m) {
     bind_int(m);
     bind_trellis(m);
     bind_linear(m);
+    bind_bandwidth(m);
 }
