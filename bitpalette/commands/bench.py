@@ -1,12 +1,10 @@
-"""`quantize bench`: measurements that need no model. `distortion`: every codec on N(0, 1) against Shannon's bound."""
+"""`quantize bench`: measurements that need no model. `distortion`: every codec on N(0, 1) against Shannon's bound;
+`kernels` is in bench_kernels.py."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .bench_kernels import kernels
+from .picture import check_plot, write_picture
 
 if TYPE_CHECKING:
     from ..quant.distortion import Distortion, Point
@@ -24,6 +25,7 @@ WEIGHTS = 1 << 20
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(no_args_is_help=True, help="Measurements that need no model.")
     bench.command("distortion")(distortion)
+    bench.command("kernels")(kernels)
     app.add_typer(bench, name="bench")
 
 
@@ -138,6 +140,7 @@ def _about(count: int, seed: int, interval: str) -> dict[str, Any]:
     import torch
 
     from .. import __version__
+    from ..provenance import commit, processor
     from ..quant.distortion import BATCH, LAYER
     from ..quant.native import chosen_isa, isa_index, why_no_cpu_module
 
@@ -146,7 +149,7 @@ def _about(count: int, seed: int, interval: str) -> dict[str, Any]:
         isa = chosen_isa()
         isa_index(isa)  # refuses one that is forced and not there
     return {
-        "device": _processor(),
+        "device": processor(),
         "isa": isa,
         "threads": torch.get_num_threads(),
         "weights": count * BATCH[0] * BATCH[1],
@@ -157,29 +160,8 @@ def _about(count: int, seed: int, interval: str) -> dict[str, Any]:
         "solver": "rtn",
         "interval": interval,
         "bitpalette": __version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, "+changes" where files differ; None where installed."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=+changes"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _label(point: Point) -> str:
@@ -255,29 +237,11 @@ def _figure(mse: float) -> str:
     return f"{mse:#.4g}" if mse >= 1e-4 else f"{mse:.3e}"
 
 
-def check_plot(path: Path | None) -> None:
-    """PlanError where the picture could not be written, before minutes are spent on its contents."""
-    from ..calibrate.plan import PlanError
-
-    if path is None:
-        return
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise PlanError(f"--plot writes a .png file; got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise PlanError(f"--plot {path}: the folder {path.parent} does not exist; create it first")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise PlanError("--plot needs matplotlib; pip install 'bitpalette[bench]' brings it") from None
-
-
 def write_plot(path: Path, rows: Sequence[Distortion]) -> None:
     """Gap in dB over the rate, one line a series with its interval, the published figures as crosses; complete or
     absent. FormatError where the system refuses to write."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from ..formats.atomic import write_atomically
     from ..quant.distortion import PUBLISHED_NAME, PUBLISHED_SOURCE
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
@@ -295,6 +259,4 @@ def write_plot(path: Path, rows: Sequence[Distortion]) -> None:
     axes.set(xlabel="bits a weight, codes alone", ylabel="mean squared error on N(0, 1), dB over the bound")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
-    write_atomically(path, content.getvalue())
+    write_picture(path, figure)

@@ -1,0 +1,272 @@
+"""`quantize bench kernels`: every kernel and instruction set on the shapes of real models, against the speed at which
+memory can be read and against torch (docs/kernels.md)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .picture import check_plot, write_picture
+from .text import parse_size
+
+if TYPE_CHECKING:
+    from ..kernel_bench.rows import Row
+    from ..kernel_bench.run import Settings
+
+Many = list[str] | None
+
+
+def kernels(
+    shape: Annotated[Many, typer.Option(help="OUTxIN; may be repeated.", show_default="4096x4096")] = None,
+    model: Annotated[
+        Many, typer.Option(help="smollm2-135m, llama-1b, llama-8b, qwen-7b, awkward, or all; may be repeated.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Rows of the input; may be repeated.", show_default="1, 2, 4, 8, 16, 64, 256, 512"),
+    ] = None,
+    scheme: Annotated[
+        Many,
+        typer.Option(
+            help="As `run --set` takes them, such as 'int,bits=4,group_size=128'; may be repeated.",
+            show_default="int 2, 3, 4, 8; lut 2, 3, 4; trellis 2, 2.5, 3, 4",
+        ),
+    ] = None,
+    kernel: Annotated[
+        Many, typer.Option(help="A kernel by its name; may be repeated.", show_default="all that can")
+    ] = None,
+    isa: Annotated[
+        Many, typer.Option(help="An instruction set; may be repeated.", show_default="all of the machine")
+    ] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="May be repeated.", show_default="torch's")] = None,
+    dtype: Annotated[str, typer.Option(help="Of inputs and outputs: float32, bfloat16 or float16.")] = "float32",
+    rounds: Annotated[int, typer.Option(help="In each, every kernel runs once.")] = 32,
+    seconds: Annotated[
+        float, typer.Option(help="For one kernel at one count of tokens, about: slow ones take part in fewer rounds.")
+    ] = 1.0,
+    memory: Annotated[str, typer.Option(help="Most that all copies of the weights may take.")] = "1GiB",
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    csv: Annotated[Path | None, typer.Option(help="File to write all figures to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write, .png.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time of one linear layer with each kernel, interleaved with torch's own and with a loop that only reads.
+
+    Exit code 1 where a kernel computed something wrong: it is not timed then.
+    """
+    from ..formats.atomic import write_atomically
+    from ..kernel_bench.rows import to_csv
+    from ..kernel_bench.run import measure
+    from ..kernel_bench.shapes import SCHEMES, choose_layers, choose_schemes
+
+    check_plot(plot)
+    _check_csv(csv)
+    layers, schemes = choose_layers(shape or (), model or ()), choose_schemes(scheme or SCHEMES)
+    settings = _settings(tokens, isa, kernel, threads, dtype, rounds, seconds, memory, seed)
+    rows: list[Row] = []
+    with _progress() as step:
+        for some in measure(layers, schemes, settings, step):
+            rows += some
+            if csv is not None:  # after each: hours of measurements survive an interruption
+                write_atomically(csv, to_csv(rows).encode())
+    if json_output:
+        print(json.dumps({"about": _about(settings), "rows": [asdict(row) for row in rows]}))
+    else:
+        _print_tables(rows, settings)
+    if plot is not None:
+        _write_plot(plot, rows)
+    if any(row.wrong for row in rows):
+        raise typer.Exit(1)
+
+
+def _settings(
+    tokens: list[int] | None,
+    isa: Many,
+    kernel: Many,
+    threads: list[int] | None,
+    dtype: str,
+    rounds: int,
+    seconds: float,
+    memory: str,
+    seed: int,
+) -> Settings:
+    import torch
+
+    from ..calibrate.plan import PlanError
+    from ..kernel_bench.rounds import FEWEST_ROUNDS
+    from ..kernel_bench.run import Settings, cache_bytes, choose_isas, choose_kernels
+    from ..kernel_bench.shapes import TOKENS
+
+    for name, given in (("--tokens", tokens), ("--threads", threads)):
+        for n in given or ():
+            if n < 1:
+                raise PlanError(f"{name} is at least 1; got {n}")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise PlanError(f"--dtype is one of {list(dtypes)}; got {dtype!r}")
+    if rounds < FEWEST_ROUNDS:
+        raise PlanError(f"--rounds is at least {FEWEST_ROUNDS}; got {rounds}")
+    if not 0 < seconds < float("inf"):
+        raise PlanError(f"--seconds is above 0; got {seconds:g}")
+    if not 0 <= seed < 1 << 63:
+        raise PlanError(f"--seed is 0 to 2**63 - 1; got {seed}")
+    try:
+        nbytes = parse_binary_size(memory)
+    except (ValueError, OverflowError):
+        raise PlanError(f"--memory {memory!r} is no size such as 1GiB or 800MB") from None
+    if nbytes < 1 << 20:
+        raise PlanError(f"--memory is at least 1MiB; got {memory!r}")
+    return Settings(
+        tokens=tuple(sorted(set(tokens or TOKENS))),
+        isas=choose_isas(isa or ()),
+        kernels=choose_kernels(kernel or ()),
+        threads=tuple(dict.fromkeys(threads or [torch.get_num_threads()])),
+        dtype=dtypes[dtype],
+        rounds=rounds,
+        seconds=seconds,
+        memory=nbytes,
+        cache=cache_bytes(),
+        seed=seed,
+    )
+
+
+def parse_binary_size(text: str) -> int:
+    """ "1GiB" -> 1073741824; decimal units as `parse_size`. ValueError otherwise."""
+    number = text.strip().upper()
+    for unit, factor in (("GIB", 1 << 30), ("MIB", 1 << 20), ("KIB", 1 << 10)):
+        if number.endswith(unit):
+            return int(float(number[: -len(unit)]) * factor)
+    return parse_size(text)
+
+
+def _check_csv(path: Path | None) -> None:
+    from ..calibrate.plan import PlanError
+
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise PlanError(f"--csv {path}: {'a folder' if path.is_dir() else f'the folder {path.parent} does not exist'}")
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """step(text): what is being measured, on stderr where that is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("making weights") as status:
+        yield status.update
+
+
+def _about(settings: Settings) -> dict[str, Any]:
+    """What the figures depend on."""
+    from .. import __version__
+    from ..kernel_bench.rounds import MARGIN
+    from ..provenance import commit, last_level_cache, processor
+
+    return {
+        "device": processor(),
+        "commit": commit(),
+        "bitpalette": __version__,
+        "threads": list(settings.threads),
+        "isas": list(settings.isas),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "rounds": settings.rounds,
+        "seconds": settings.seconds,
+        "memory": settings.memory,
+        "cache": settings.cache,
+        "cache_assumed": last_level_cache() is None,
+        "footprint_wanted": int(MARGIN * settings.cache),
+        "seed": settings.seed,
+    }
+
+
+def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
+    """One table for each shape, count of tokens and number of threads."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    measured = dict.fromkeys((r.layer, r.out_features, r.in_features, r.tokens, r.threads) for r in rows)
+    for key in measured:
+        layer, out, n, tokens, threads = key
+        some = [r for r in rows if (r.layer, r.out_features, r.in_features, r.tokens, r.threads) == key]
+        title = f"{layer} {out} x {n}, tokens: {tokens}, threads: {threads}".strip()
+        table = Table(box=None, title=title, title_justify="left", title_style="bold")
+        for column in ("scheme", "kernel", "isa"):
+            table.add_column(column, overflow="fold")
+        speeds = ("x fp32", "x bf16", "x int4", "x int8")
+        for column in ("bits", "rounds", "median us", "p20", "p80", "Gw/s", "GB/s", "of read", *speeds, "error"):
+            table.add_column(column, justify="right")
+        table.add_column("note", overflow="fold", max_width=40)
+        scheme = some[0].scheme
+        for r in some:
+            if r.scheme != scheme and not r.kernel.startswith("torch."):
+                table.add_section()
+            scheme = r.scheme
+            table.add_row(*_cells(r))
+        console.print(table)
+        console.print()
+    about = _about(settings)
+    console.print(
+        f"{about['device']}; {about['dtype']}; last-level cache {settings.cache >> 20} MiB"
+        f"{' (assumed)' if about['cache_assumed'] else ''}; up to {settings.rounds} rounds; "
+        f"commit {about['commit'] or 'unknown'}"
+    )
+
+
+def _cells(r: Row) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return [
+        *(r.scheme, r.kernel, r.isa),
+        number(r.packed_bits, ".3f"),
+        str(r.rounds or ""),
+        *(number(v, ".1f") for v in (r.median_us, r.p20_us, r.p80_us)),
+        *(number(v, ".2f") for v in (r.gweights_per_s, r.gbytes_per_s)),
+        number(r.read_share, ".0%"),
+        *(number(v, ".2f") for v in (r.x_float32, r.x_bfloat16, r.x_int4, r.x_int8)),
+        number(r.error, ".1e"),
+        r.note,
+    ]
+
+
+def _write_plot(path: Path, rows: Sequence[Row]) -> None:
+    """Speed over torch's bf16 linear by the count of tokens, a picture for each shape, each scheme's fastest kernel."""
+    from matplotlib.figure import Figure
+
+    timed = [r for r in rows if r.x_bfloat16 is not None]
+    panels = list(dict.fromkeys((r.out_features, r.in_features, r.threads) for r in timed))
+    wide = min(2, max(1, len(panels)))
+    high = max(1, -(-len(panels) // wide))
+    figure = Figure(figsize=(7 * wide, 4.5 * high + 1), layout="constrained")
+    grid = figure.subplots(high, wide, squeeze=False)
+    for i, (out, n, threads) in enumerate(panels):
+        axes = grid[i // wide][i % wide]
+        here = [r for r in timed if (r.out_features, r.in_features, r.threads) == (out, n, threads)]
+        for name in dict.fromkeys(r.scheme if not r.kernel.startswith("torch.") else r.kernel for r in here):
+            best: dict[int, float] = {}
+            for r in here:
+                if name in (r.kernel, r.scheme) and r.x_bfloat16 is not None:
+                    best[r.tokens] = max(best.get(r.tokens, 0.0), r.x_bfloat16)
+            own = {} if not name.startswith("torch.") else {"linestyle": "--", "color": "grey"}
+            axes.plot(list(best), list(best.values()), marker=".", label=name, **own)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed over torch's bf16 linear")
+        axes.set_xscale("log", base=2)
+        axes.set_title(f"{out} x {n}, {threads} thread{'s' if threads > 1 else ''}, {here[0].device}", fontsize=10)
+        axes.grid(alpha=0.3, which="both")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    if panels:
+        handles = {label: h for a in grid.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    write_picture(path, figure)

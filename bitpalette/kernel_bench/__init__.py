@@ -1,0 +1,1 @@
+"""Timing of linear kernels, interleaved round by round (`quantize bench kernels`; docs/kernels.md)."""

@@ -1,0 +1,167 @@
+"""The measurement from shapes, schemes and settings to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..calibrate.plan import PlanError
+from ..kernels.registry import kernels
+from ..provenance import commit, last_level_cache, processor
+from ..quant.native import available_isas, isa_index
+from ..quant.scheme import Scheme, SchemeError
+from ..quant.tensor import stored_bytes
+from .baselines import NAMES, baseline, baseline_bytes
+from .contender import Absent, Call, Contender, expected_output, packed_contender, scheme_label, variants
+from .random_weight import random_weight
+from .rounds import MARGIN, Reader, make_reader, time_rounds
+from .rows import Place, Row, absent_row, row_of
+from .shapes import Layer
+
+ASSUMED_CACHE = 64 << 20
+"""Where the system does not tell the size of its last-level cache."""
+
+Step = Callable[[str], None]
+"""Called with a description as each measurement begins."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    tokens: tuple[int, ...]
+    isas: tuple[str, ...]
+    kernels: tuple[str, ...]
+    threads: tuple[int, ...]
+    dtype: torch.dtype
+    rounds: int
+    seconds: float
+    memory: int
+    cache: int
+    seed: int
+
+
+def choose_kernels(names: Sequence[str]) -> tuple[str, ...]:
+    for name in names:
+        if name not in kernels():
+            raise PlanError(f"--kernel is one of {list(kernels())}; got {name!r}")
+    return tuple(names) or tuple(kernels())
+
+
+def choose_isas(names: Sequence[str]) -> tuple[str, ...]:
+    """Those named, else all of the machine. NativeError for one that it lacks."""
+    for name in names:
+        isa_index(name)
+    return tuple(names) or tuple(reversed(available_isas()))
+
+
+def cache_bytes() -> int:
+    return last_level_cache() or ASSUMED_CACHE
+
+
+def measure(
+    layers: Sequence[Layer], schemes: Sequence[Scheme], settings: Settings, step: Step = lambda text: None
+) -> Iterator[list[Row]]:
+    """The rows of one layer, of one number of threads and one count of tokens after another."""
+    where = (settings.cache, processor(), commit() or "installed")
+    reader = make_reader(min(int(MARGIN * settings.cache), settings.memory // 4))
+    for layer in layers:
+        for threads in settings.threads:
+            places = {t: Place(layer, t, threads, *where) for t in settings.tokens}
+            found: dict[int, list[Row]] = {t: [] for t in settings.tokens}
+            with torch_threads(threads):
+                for part in _parts(layer, schemes, settings, reader):
+                    for tokens, rows in _measure_part(part, places, settings, reader, step):
+                        found[tokens] += [r for r in rows if part.first or r.kernel not in NAMES]
+            yield from found.values()
+
+
+@dataclass
+class _Part:
+    """Schemes of one shape that fit into the memory together with the baselines; `first`: whose baselines count."""
+
+    schemes: list[Scheme]
+    first: bool
+    nbytes: int = 0
+    absent: list[Absent] = field(default_factory=list)
+
+
+def _parts(layer: Layer, schemes: Sequence[Scheme], settings: Settings, reader: Reader | None) -> Iterator[_Part]:
+    """All schemes in one part where --memory allows it: each is then compared with the same rounds of the baselines."""
+    fixed = (0 if reader is None else reader.buffer.numel()) + 2 * sum(baseline_bytes(layer.shape).values())
+    part = _Part([], True, fixed)
+    for scheme in schemes:
+        try:
+            one = stored_bytes(scheme, layer.shape)
+        except SchemeError as error:
+            part.absent.append(Absent("", scheme_label(scheme), str(error)))
+            continue
+        together = 2 * one * len(list(variants(scheme, layer.shape, list(settings.kernels), list(settings.isas))))
+        if not together:
+            part.absent.append(Absent("", scheme_label(scheme), f"none of {list(settings.kernels)} runs it"))
+            continue
+        if part.schemes and part.nbytes + together > settings.memory:
+            yield part
+            part = _Part([], False, fixed)
+        part.schemes.append(scheme)
+        part.nbytes += together
+    yield part
+
+
+def _measure_part(
+    part: _Part, places: dict[int, Place], settings: Settings, reader: Reader | None, step: Step
+) -> Iterator[tuple[int, list[Row]]]:
+    layer = next(iter(places.values())).layer
+    generator = torch.Generator().manual_seed(settings.seed)
+    x = torch.randn(max(settings.tokens), layer.shape[1], generator=generator)
+    taking_part: list[tuple[Contender, list[Call]]] = []
+    absent = list(part.absent)
+    for name, nbytes in baseline_bytes(layer.shape).items():
+        if nbytes > settings.memory // 3:
+            reason = f"its weight takes {nbytes >> 20} MiB of {settings.memory >> 20}: raise --memory"
+            found: Contender | Absent = Absent(name, "", reason)
+        else:
+            found = baseline(name, layer.shape, generator)
+        if isinstance(found, Absent):
+            absent.append(found)
+        else:
+            taking_part.append((found, []))
+    for scheme in part.schemes:
+        taking_part += [(c, []) for c in _of_scheme(scheme, layer, settings, x, generator)]
+    for tokens, place in places.items():
+        step(f"{layer.name} {layer.shape[0]}x{layer.shape[1]} tokens={tokens} threads={place.threads}".strip())
+        timed = time_rounds(
+            taking_part,
+            x[:tokens],
+            rounds=settings.rounds,
+            seconds=settings.seconds,
+            memory=settings.memory,
+            cache=settings.cache,
+            reader=reader,
+        )
+        baselines = {t.contender.kernel: t for t in timed if t.contender.kernel in NAMES}
+        yield tokens, [row_of(t, place, baselines) for t in timed] + [absent_row(a, place) for a in absent]
+
+
+def _of_scheme(
+    scheme: Scheme, layer: Layer, settings: Settings, x: Tensor, generator: torch.Generator
+) -> list[Contender]:
+    qt = random_weight(scheme, layer.shape, generator)
+    expected = expected_output(qt, x, settings.dtype)
+    return [
+        packed_contender(kernel, isa, qt, settings.dtype, expected)
+        for isa, kernel in variants(scheme, layer.shape, list(settings.kernels), list(settings.isas))
+    ]
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """torch's threads, which kernels use, set to n for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
