@@ -51,6 +51,9 @@ def kernels(
     seconds: Annotated[
         float, typer.Option(help="For one kernel at one count of tokens, about: slow ones take part in fewer rounds.")
     ] = 1.0,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: what the process computed, for one thread on a shared machine.")
+    ] = "wall",
     memory: Annotated[str, typer.Option(help="Most that all copies of the weights may take.")] = "1GiB",
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     csv: Annotated[Path | None, typer.Option(help="File to write all figures to.")] = None,
@@ -69,7 +72,7 @@ def kernels(
     check_plot(plot)
     _check_csv(csv)
     layers, schemes = choose_layers(shape or (), model or ()), choose_schemes(scheme or SCHEMES)
-    settings = _settings(tokens, isa, kernel, threads, dtype, rounds, seconds, memory, seed)
+    settings = _settings(tokens, isa, kernel, threads, dtype, rounds, seconds, clock, memory, seed)
     rows: list[Row] = []
     with _progress() as step:
         for some in measure(layers, schemes, settings, step):
@@ -94,6 +97,7 @@ def _settings(
     dtype: str,
     rounds: int,
     seconds: float,
+    clock: str,
     memory: str,
     seed: int,
 ) -> Settings:
@@ -101,7 +105,7 @@ def _settings(
 
     from ..calibrate.plan import PlanError
     from ..kernel_bench.rounds import FEWEST_ROUNDS
-    from ..kernel_bench.run import Settings, cache_bytes, choose_isas, choose_kernels
+    from ..kernel_bench.run import Settings, cache_bytes, check_clock, choose_isas, choose_kernels
     from ..kernel_bench.shapes import TOKENS
 
     for name, given in (("--tokens", tokens), ("--threads", threads)):
@@ -123,17 +127,20 @@ def _settings(
         raise PlanError(f"--memory {memory!r} is no size such as 1GiB or 800MB") from None
     if nbytes < 1 << 20:
         raise PlanError(f"--memory is at least 1MiB; got {memory!r}")
+    chosen = tuple(dict.fromkeys(threads or [torch.get_num_threads()]))
+    check_clock(clock, chosen)
     return Settings(
         tokens=tuple(sorted(set(tokens or TOKENS))),
         isas=choose_isas(isa or ()),
         kernels=choose_kernels(kernel or ()),
-        threads=tuple(dict.fromkeys(threads or [torch.get_num_threads()])),
+        threads=chosen,
         dtype=dtypes[dtype],
         rounds=rounds,
         seconds=seconds,
         memory=nbytes,
         cache=cache_bytes(),
         seed=seed,
+        clock=clock,
     )
 
 
@@ -179,6 +186,7 @@ def _about(settings: Settings) -> dict[str, Any]:
         "threads": list(settings.threads),
         "isas": list(settings.isas),
         "dtype": str(settings.dtype).removeprefix("torch."),
+        "clock": settings.clock,
         "rounds": settings.rounds,
         "seconds": settings.seconds,
         "memory": settings.memory,
@@ -218,7 +226,7 @@ def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
     about = _about(settings)
     console.print(
         f"{about['device']}; {about['dtype']}; last-level cache {settings.cache >> 20} MiB"
-        f"{' (assumed)' if about['cache_assumed'] else ''}; up to {settings.rounds} rounds; "
+        f"{' (assumed)' if about['cache_assumed'] else ''}; up to {settings.rounds} rounds, {settings.clock} time; "
         f"commit {about['commit'] or 'unknown'}"
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..quant.native import chosen_isa, cpu_module, isa_index, why_no_cpu_module
 from .contender import Call, Contender
+
+Clock = Callable[[], float]
 
 MIB = 1 << 20
 
@@ -37,6 +39,10 @@ LONG = 0.02
 """Seconds of a call beside which cold code does not count: it is not called twice."""
 
 
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""cpu: what the process computed, whatever else ran; a speed for one thread only."""
+
+
 class Reader:
     """The read loop of csrc/cpu/bandwidth.h over a buffer that it goes round."""
 
@@ -44,16 +50,16 @@ class Reader:
         self.buffer = torch.ones(max(nbytes, 4096), dtype=torch.uint8)  # written: untouched pages are one page of zeros
         self._at = 0
 
-    def seconds(self, isa: str, nbytes: int) -> float:
+    def seconds(self, isa: str, nbytes: int, clock: Clock = time.perf_counter) -> float:
         """Of reading `nbytes` with that instruction set (empty: the fastest) on torch's threads."""
         if self._at + nbytes > self.buffer.numel():
             self._at = 0
         read, index, threads = cpu_module().read_bytes, isa_index(isa or chosen_isa()), torch.get_num_threads()
         address = self.buffer.data_ptr() + self._at
         read(index, self.buffer.data_ptr(), 4096, threads)  # warm code, as the contenders have it
-        start = time.perf_counter()
+        start = clock()
         read(index, address, nbytes, threads)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         self._at += -(-nbytes // 64) * 64
         return seconds
 
@@ -131,6 +137,7 @@ def time_rounds(
     memory: int,
     cache: int,
     reader: Reader | None,
+    clock: Clock = time.perf_counter,
 ) -> list[Timed]:
     """Time every contender with x float32 [tokens, in].
 
@@ -155,24 +162,24 @@ def time_rounds(
         for r in range(-WARM_UP, rounds):
             for t, z in entered:
                 if r % t.stride == 0:
-                    _one_call(t, z, r, reader)
+                    _one_call(t, z, r, reader, clock)
     finally:
         gc.enable()
     return timed
 
 
-def _one_call(t: Timed, z: Any, r: int, reader: Reader | None) -> None:
+def _one_call(t: Timed, z: Any, r: int, reader: Reader | None, clock: Clock) -> None:
     copy = t.copies[r // t.stride % len(t.copies)]
     if t.estimate < LONG:
         t.contender.first(z)
-    start = time.perf_counter()
+    start = clock()
     copy(z)
-    taken = time.perf_counter() - start
-    read = reader.seconds(t.contender.isa, t.read_bytes) if reader is not None else None
+    taken = clock() - start
+    read = reader.seconds(t.contender.isa, t.read_bytes, clock) if reader is not None else None
     if r >= 0:
-        t.seconds[r] = taken
+        t.seconds[r] = max(taken, 1e-9)
         if read is not None:
-            t.read_seconds[r] = read
+            t.read_seconds[r] = max(read, 1e-9)
 
 
 def _check_and_pace(t: Timed, z: Any, rounds: int, seconds: float) -> None:

@@ -28,6 +28,8 @@ class Row:
     dtype: str
     """Of the input and output."""
     threads: int
+    clock: str
+    """wall, or cpu: what the process computed."""
     packed_bits: float | None = None
     """Bits a weight, everything that the kernel reads counted."""
     rounds: int = 0
@@ -82,6 +84,7 @@ class Place:
     layer: Layer
     tokens: int
     threads: int
+    clock: str
     cache: int
     device: str
     commit: str
@@ -116,7 +119,7 @@ def row_of(timed: Timed, place: Place, baselines: Mapping[str, Timed]) -> Row:
     if not values["from_memory"]:
         values["note"] = (
             f"from the cache: {values['footprint_mib']} MiB are gone round, the last-level cache has "
-            f"{place.cache / MIB:g} MiB (raise --memory)"
+            f"{place.cache / MIB:g}"
         )
     return _with(row, **values)
 
@@ -128,7 +131,7 @@ def absent_row(absent: Absent, place: Place) -> Row:
 def _empty(place: Place, scheme: str, kernel: str, isa: str, dtype: str, note: str) -> Row:
     out, n = place.layer.shape
     return Row(
-        *(place.layer.name, out, n, place.tokens, scheme, kernel, isa, dtype, place.threads),
+        *(place.layer.name, out, n, place.tokens, scheme, kernel, isa, dtype, place.threads, place.clock),
         cache_mib=round(place.cache / MIB, 1),
         note=note,
         device=place.device,

@@ -18,7 +18,7 @@ from ..quant.tensor import stored_bytes
 from .baselines import NAMES, baseline, baseline_bytes
 from .contender import Absent, Call, Contender, expected_output, packed_contender, scheme_label, variants
 from .random_weight import random_weight
-from .rounds import MARGIN, Reader, make_reader, time_rounds
+from .rounds import CLOCKS, MARGIN, Reader, make_reader, time_rounds
 from .rows import Place, Row, absent_row, row_of
 from .shapes import Layer
 
@@ -41,6 +41,7 @@ class Settings:
     memory: int
     cache: int
     seed: int
+    clock: str = "wall"
 
 
 def choose_kernels(names: Sequence[str]) -> tuple[str, ...]:
@@ -48,6 +49,13 @@ def choose_kernels(names: Sequence[str]) -> tuple[str, ...]:
         if name not in kernels():
             raise PlanError(f"--kernel is one of {list(kernels())}; got {name!r}")
     return tuple(names) or tuple(kernels())
+
+
+def check_clock(clock: str, threads: Sequence[int]) -> None:
+    if clock not in CLOCKS:
+        raise PlanError(f"--clock is one of {list(CLOCKS)}; got {clock!r}")
+    if clock == "cpu" and any(n > 1 for n in threads):
+        raise PlanError(f"--clock cpu adds up what all threads compute: --threads 1 with it; got {max(threads)}")
 
 
 def choose_isas(names: Sequence[str]) -> tuple[str, ...]:
@@ -65,7 +73,7 @@ def measure(
     layers: Sequence[Layer], schemes: Sequence[Scheme], settings: Settings, step: Step = lambda text: None
 ) -> Iterator[list[Row]]:
     """The rows of one layer, of one number of threads and one count of tokens after another."""
-    where = (settings.cache, processor(), commit() or "installed")
+    where = (settings.clock, settings.cache, processor(), commit() or "installed")
     reader = make_reader(min(int(MARGIN * settings.cache), settings.memory // 4))
     for layer in layers:
         for threads in settings.threads:
@@ -140,6 +148,7 @@ def _measure_part(
             memory=settings.memory,
             cache=settings.cache,
             reader=reader,
+            clock=CLOCKS[settings.clock],
         )
         baselines = {t.contender.kernel: t for t in timed if t.contender.kernel in NAMES}
         yield tokens, [row_of(t, place, baselines) for t in timed] + [absent_row(a, place) for a in absent]

@@ -19,7 +19,16 @@ from torch import Tensor
 from bitpalette.cli import main
 from bitpalette.kernel_bench.contender import Contender, scheme_label
 from bitpalette.kernel_bench.random_weight import random_weight
-from bitpalette.kernel_bench.rounds import FEWEST_ROUNDS, WARM_UP, Reader, Timed, speed_over, spread, time_rounds
+from bitpalette.kernel_bench.rounds import (
+    CLOCKS,
+    FEWEST_ROUNDS,
+    WARM_UP,
+    Reader,
+    Timed,
+    speed_over,
+    spread,
+    time_rounds,
+)
 from bitpalette.kernel_bench.shapes import MODELS, SCHEMES, choose_layers, choose_schemes
 from bitpalette.kernels.base import Packed
 from bitpalette.kernels.reference import ReferenceKernel
@@ -187,6 +196,8 @@ def test_plot(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (("--rounds", "3"), "--rounds is at least 4; got 3"),
         (("--seconds", "0"), "--seconds is above 0; got 0"),
         (("--seconds", "nan"), "--seconds is above 0; got nan"),
+        (("--clock", "sun"), "--clock is one of ['wall', 'cpu']; got 'sun'"),
+        (("--clock", "cpu", "--threads", "2"), "--threads 1 with it; got 2"),
         (("--memory", "much"), "--memory 'much' is no size such as 1GiB"),
         (("--memory", "1kB"), "--memory is at least 1MiB; got '1kB'"),
         (("--seed", "-1"), "--seed is 0 to"),
@@ -362,6 +373,16 @@ def test_slow_contenders_take_part_in_fewer_rounds() -> None:
     assert timed[0].stride == 4 and sorted(timed[0].seconds) == [0, 4, 8, 12] and len(timed[1].seconds) == 16
     ratio = speed_over(timed[0], timed[1])
     assert ratio is not None and ratio.median < 0.1
+
+
+def test_a_clock_of_computing_leaves_waiting_out() -> None:
+    from time import sleep
+
+    waits = Contender(*("waits", "", "", "float32", (1, 8), 8), f := lambda x: sleep(0.005), lambda: f, lambda x: x)
+    settings: dict[str, Any] = {"rounds": 4, "seconds": 1.0, "memory": MIB, "cache": 8, "reader": None}
+    for name, low, high in (("wall", 0.005, 1.0), ("cpu", 0.0, 0.0025)):
+        (timed,) = time_rounds([(waits, [])], torch.ones(1, 8), clock=CLOCKS[name], **settings)
+        assert low < spread(list(timed.seconds.values())).median < high
 
 
 @native
