@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,38 @@ def save_pretrained(model: Any, path: str | Path, **options: Any) -> None:
 
 
 @torch.no_grad()
-def generate(model: Any, input_ids: Tensor, max_new_tokens: int = 64, **options: Any) -> Tensor:
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    max_new_tokens: int = 64,
+    *,
+    generator: torch.Generator | None = None,
+    on_token: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Tensor:
     """Token ids [batch, prompt + new] after `input_ids` [batch, prompt], greedy unless `options` (those of
-    transformers' `generate`) say otherwise."""
+    transformers' `generate`) say otherwise.
+
+    A Llama-like model on the CPU runs by one native call a token, from one prompt a call; whatever else there is runs
+    by transformers' own loop, and a line on stderr says why. generator: what samples are drawn from (None: torch's
+    global one). on_token: called with every new token. ValueError where the two are given to a model or a batch that
+    only transformers' loop can run.
+    """
+    from .generation import native_generate, say_fallback, why_not
+
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
         options |= {"temperature": None, "top_p": None, "top_k": None}
     options.setdefault("attention_mask", torch.ones_like(input_ids))
-    return model.generate(input_ids.to(model.device), max_new_tokens=max_new_tokens, **options)
+    input_ids = input_ids.to(model.device)
+    reason = why_not(model, input_ids, options)
+    if reason is None:
+        return native_generate(model, input_ids, max_new_tokens, options, generator, on_token)
+    if generator is not None or on_token is not None:
+        given = "generator" if generator is not None else "on_token"
+        raise ValueError(f"{given} needs the native decoder, and {reason}; use torch.manual_seed and streamer instead")
+    say_fallback(type(model).__name__, reason)
+    return model.generate(input_ids, max_new_tokens=max_new_tokens, **options)
 
 
 def quantize_linear(

@@ -24,4 +24,5 @@ PYBIND11_MODULE(_cpu, m) {
     bind_trellis(m);
     bind_linear(m);
     bind_bandwidth(m);
+    bind_decoder(m); // of weights that bind_linear declares
 }
