@@ -125,5 +125,6 @@ def _read_prompt(decoder: NativeDecoder, model: Any, input_ids: Tensor) -> Tenso
     # the model's own pass: its kernels for many tokens. Not given a config, the cache keeps what windows leave behind
     past = DynamicCache()
     logits = model(input_ids=input_ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits
-    decoder.fill([(layer.keys, layer.values) for layer in past.layers])
+    layers: list[Any] = past.layers
+    decoder.fill([(layer.keys, layer.values) for layer in layers])
     return logits[:, -1].float()

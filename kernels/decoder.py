@@ -145,7 +145,7 @@ class _Reader:
             head_dim=attention[0].head_dim,
             score_scale=attention[0].scaling,
             gate=GATES[gates.pop()],
-            inverse_frequency=rotary.inv_freq.float().tolist(),
+            inverse_frequency=_on_cpu("rotary_emb", rotary.inv_freq).float().tolist(),
             rotary_scale=float(rotary.attention_scaling),
         )
         for i, block in enumerate(blocks):

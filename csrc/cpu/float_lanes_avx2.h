@@ -28,6 +28,12 @@ struct Avx2 {
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
+    // total(f[i]) at lane i
+    static Floats totals(const Floats (&f)[lanes]) {
+        const Floats low = _mm256_hadd_ps(_mm256_hadd_ps(f[0], f[1]), _mm256_hadd_ps(f[2], f[3]));
+        const Floats high = _mm256_hadd_ps(_mm256_hadd_ps(f[4], f[5]), _mm256_hadd_ps(f[6], f[7]));
+        return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+    }
     static float largest(Floats f) {
         const __m128 four = _mm_max_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1));
         const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));

@@ -63,6 +63,13 @@ struct Scalar {
                 f.at[i] += f.at[i + width];
         return f.at[0];
     }
+    // total(f[i]) at lane i
+    static Floats totals(const Floats (&f)[lanes]) {
+        Floats sums;
+        for (int i = 0; i < lanes; ++i)
+            sums.at[i] = total(f[i]);
+        return sums;
+    }
     static float largest(const Floats& f) {
         float most = f.at[0];
         for (const float x : f.at)
