@@ -34,7 +34,11 @@ def generate_command(
     tokenizer = load_tokenizer(source)
     if chat and tokenizer.chat_template is None:
         raise PlanError(f"--chat: {checkpoint} has no chat template; leave --chat out")
-    print(write_on(load_any(source, DTYPES[dtype]), tokenizer, prompt, max_new_tokens, chat, temperature, seed))
+    model = load_any(source, DTYPES[dtype])
+    from transformers import TextStreamer
+
+    words = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # on stdout, as they come
+    write_on(model, tokenizer, prompt, max_new_tokens, chat, temperature, seed, words)
 
 
 def write_on(
@@ -45,8 +49,9 @@ def write_on(
     chat: bool,
     temperature: float = 0.0,
     seed: int = 0,
+    streamer: Any = None,
 ) -> str:
-    """The continuation of `prompt`, without it."""
+    """The continuation of `prompt`, without it. streamer: one of transformers', given each token as it comes."""
     import torch
 
     from ..api import generate
@@ -59,5 +64,7 @@ def write_on(
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    if streamer is not None:
+        options["streamer"] = streamer
     out = generate(model, ids, max_new_tokens, **options)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

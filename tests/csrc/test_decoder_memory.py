@@ -15,8 +15,8 @@ PARTS = ("activations", "attention_decode", "decoder", "decoder_model", "dense_w
 PARTS += ("kv_cache", "linear", "parallel", "vector_math")
 
 
-def sources() -> list[str]:
-    """The decoder and what it stands on, each with its files for instruction sets."""
+def sources() -> list[tuple[str, list[str]]]:
+    """(file, flags of its instruction set) of the decoder and what it stands on."""
     spec = importlib.util.spec_from_file_location("bitpalette_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
@@ -26,7 +26,7 @@ def sources() -> list[str]:
         stem = Path(source).stem
         if source.startswith("csrc/cpu/") and (stem in PARTS or stem.rpartition("_")[0] in PARTS):
             found.append((source, setup.isa_flags(source)))
-    return [" ".join([source, *flags]) for source, flags in found]
+    return found
 
 
 @pytest.mark.slow
@@ -35,8 +35,7 @@ def test_no_address_outside_and_nothing_undefined(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += [f"-I{ROOT / 'csrc'}"]
     objects = []
-    for i, source in enumerate([*sources(), "tests/csrc/decoder_memory.cpp"]):
-        name, *own = source.split()
+    for i, (name, own) in enumerate([*sources(), ("tests/csrc/decoder_memory.cpp", [])]):
         objects.append(str(tmp_path / f"{i}.o"))
         subprocess.run(["g++", *flags, *own, "-c", str(ROOT / name), "-o", objects[-1]], check=True)
     program = tmp_path / "decoder_memory"
