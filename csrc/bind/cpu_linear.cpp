@@ -1,6 +1,7 @@
 // Weights, transforms of their inputs, and calls that share an input.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -15,36 +16,58 @@ namespace {
 
 using Weights = std::vector<std::shared_ptr<LinearWeight>>;
 
-// y[i] [tokens, out_i] = T(x) W_i^T + bias_i for weights that share the input x [tokens, in]; bias 0: none.
-void linear(const Weights& weights, Isa isa, const InputTransform* transform, const void* x, Dtype dtype,
-            int64_t tokens, const std::vector<uintptr_t>& bias, const std::vector<uintptr_t>& y, int threads) {
-    if (bias.size() != weights.size() || y.size() != weights.size())
-        throw std::invalid_argument("linear: as many biases and outputs as weights");
-    if (weights.empty())
-        return;
-    thread_local std::vector<std::unique_ptr<Activations>> inputs(isa_count); // kept between calls
-    std::unique_ptr<Activations>& input = inputs[static_cast<size_t>(isa)];
-    if (!input)
-        input = std::make_unique<Activations>(isa);
-    input->set(x, dtype, tokens, weights[0]->in, transform);
-    thread_local std::vector<float> room;
-    int64_t columns = 0;
-    for (const auto& w : weights)
-        columns += w->out;
-    const bool direct = dtype == Dtype::f32;
-    if (!direct)
-        room.resize(static_cast<size_t>(tokens * columns));
-    std::vector<LinearOutput> outputs;
-    int64_t first = 0;
-    for (size_t i = 0; i < weights.size(); ++i) {
-        outputs.push_back({weights[i].get(), direct ? at<float>(y[i]) : room.data() + tokens * first, weights[i]->out});
-        first += weights[i]->out;
+// Weights that share an input, with what stays the same from call to call.
+class LinearCall {
+  public:
+    LinearCall(Weights weights, Isa isa, std::shared_ptr<const InputTransform> transform)
+        : weights_(std::move(weights)), isa_(isa), transform_(std::move(transform)) {
+        if (weights_.empty())
+            throw std::invalid_argument("linear: no weights");
+        if (!isa_available(isa))
+            throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
     }
-    linear_group(outputs.data(), static_cast<int>(outputs.size()), *input, threads);
-    for (size_t i = 0; i < weights.size(); ++i)
-        if (!direct || bias[i] != 0)
-            store_outputs(outputs[i].y, outputs[i].y_row, tokens, weights[i]->out, at<const void>(bias[i]), dtype,
-                          at<void>(y[i]));
+
+    size_t size() const { return weights_.size(); }
+
+    // y[i] [tokens, out_i] = T(x) W_i^T + bias_i, all of dtype; bias 0: none.
+    void run(const void* x, Dtype dtype, int64_t tokens, const uintptr_t* bias, const uintptr_t* y, int threads) const {
+        thread_local std::vector<std::unique_ptr<Activations>> inputs(isa_count); // kept between calls
+        thread_local std::vector<float> room;
+        thread_local std::vector<LinearOutput> outputs;
+        std::unique_ptr<Activations>& input = inputs[static_cast<size_t>(isa_)];
+        if (!input)
+            input = std::make_unique<Activations>(isa_);
+        input->set(x, dtype, tokens, weights_[0]->in, transform_.get(), threads);
+        const bool direct = dtype == Dtype::f32;
+        size_t columns = 0;
+        for (const auto& w : weights_)
+            columns += static_cast<size_t>(w->out);
+        if (!direct && room.size() < columns * static_cast<size_t>(tokens))
+            room.resize(columns * static_cast<size_t>(tokens));
+        outputs.clear();
+        float* next = room.data();
+        for (size_t i = 0; i < size(); next += tokens * weights_[i]->out, ++i)
+            outputs.push_back({weights_[i].get(), direct ? at<float>(y[i]) : next, weights_[i]->out});
+        linear_group(outputs.data(), static_cast<int>(size()), *input, threads);
+        for (size_t i = 0; i < size(); ++i)
+            if (!direct || bias[i] != 0)
+                store_outputs(isa_, outputs[i].y, outputs[i].y_row, tokens, weights_[i]->out, at<const void>(bias[i]),
+                              dtype, at<void>(y[i]));
+    }
+
+  private:
+    Weights weights_;
+    Isa isa_;
+    std::shared_ptr<const InputTransform> transform_;
+};
+
+void run_group(const LinearCall& call, uintptr_t x, int dtype, int64_t tokens, const std::vector<uintptr_t>& bias,
+               const std::vector<uintptr_t>& y, int threads) {
+    if (bias.size() != call.size() || y.size() != call.size())
+        throw std::invalid_argument("linear: as many biases and outputs as weights");
+    const Dtype type = dtype_from_index(dtype);
+    const py::gil_scoped_release unlocked;
+    call.run(at<const void>(x), type, tokens, bias.data(), y.data(), threads);
 }
 
 } // namespace
@@ -56,12 +79,58 @@ void bind_linear(py::module_& m) {
         .def("add_multiply", [](InputTransform& t, uintptr_t factors) { t.add_multiply(at<const float>(factors)); })
         .def("add_rotate", &InputTransform::add_rotate)
         .def("add_gather", [](InputTransform& t, uintptr_t order) { t.add_gather(at<const int64_t>(order)); })
-        .def("apply", [](const InputTransform& t, uintptr_t x, int64_t tokens) {
-            const py::gil_scoped_release unlocked;
-            std::vector<float> room(static_cast<size_t>(t.n()));
-            for (int64_t i = 0; i < tokens; ++i)
-                t.apply(at<float>(x) + i * t.n(), room.data());
-        });
+        .def(
+            "apply",
+            [](const InputTransform& t, uintptr_t x, uintptr_t y, int64_t tokens, int threads) {
+                const py::gil_scoped_release unlocked;
+                t.apply_rows(at<const float>(x), at<float>(y), tokens, threads);
+            },
+            "y [tokens, n] = T x for each row of x [tokens, n], both float32; x may be y.", py::arg("x"), py::arg("y"),
+            py::arg("tokens"), py::arg("threads"));
+    py::class_<Activations>(m, "Activations", "An input in the forms that kernels read, for looking at them.")
+        .def(py::init([](int isa) { return Activations(isa_from_index(isa)); }), py::arg("isa"))
+        .def(
+            "set",
+            [](Activations& a, uintptr_t x, int dtype, int64_t tokens, int64_t in, const InputTransform* transform,
+               int threads) {
+                const Dtype type = dtype_from_index(dtype);
+                const py::gil_scoped_release unlocked;
+                a.set(at<const void>(x), type, tokens, in, transform, threads);
+            },
+            py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("transform").none(true),
+            py::arg("threads"))
+        .def(
+            "floats",
+            [](const Activations& a, uintptr_t to) {
+                const FloatInput f = a.floats();
+                std::copy(f.values, f.values + a.tokens() * f.row, at<float>(to));
+            },
+            "Copies the values, float32 [tokens, in_features rounded up to 256].", py::arg("to"))
+        .def(
+            "quantized",
+            [](Activations& a, int form, uintptr_t codes, uintptr_t low, uintptr_t scale, uintptr_t sum, int threads) {
+                if (form < 1 || form > 3)
+                    throw std::invalid_argument("no quantized form " + std::to_string(form));
+                a.need(static_cast<InputForm>(form), threads);
+                const Int8Blocks q = a.int8(static_cast<InputForm>(form));
+                const int64_t n = a.tokens() * q.row;
+                std::copy(q.codes, q.codes + n, at<int8_t>(codes));
+                if (q.low != nullptr)
+                    std::copy(q.low, q.low + n, at<int8_t>(low));
+                std::copy(q.scale, q.scale + n / q.block, at<float>(scale));
+                std::copy(q.sum, q.sum + n / q.block, at<int32_t>(sum));
+            },
+            "Copies codes and low (form 3) int8 [tokens, row], scale float32 and sum int32 [tokens, row / block] of "
+            "form 1 (blocks of 32), 2 (256) or 3 (256, two planes).",
+            py::arg("form"), py::arg("codes"), py::arg("low"), py::arg("scale"), py::arg("sum"), py::arg("threads"));
+    m.def(
+        "store_outputs",
+        [](int isa, uintptr_t from, int64_t tokens, int64_t out, uintptr_t bias, int dtype, uintptr_t y) {
+            store_outputs(isa_from_index(isa), at<const float>(from), out, tokens, out, at<const void>(bias),
+                          dtype_from_index(dtype), at<void>(y));
+        },
+        "y [tokens, out] of dtype = float32 outputs + bias of dtype (0: none).", py::arg("isa"), py::arg("outputs"),
+        py::arg("tokens"), py::arg("out"), py::arg("bias"), py::arg("dtype"), py::arg("y"));
     py::class_<LinearWeight, std::shared_ptr<LinearWeight>>(
         m, "LinearWeight", "A weight by the addresses of its tensors, which it does not own.")
         .def_readonly("out", &LinearWeight::out)
@@ -70,14 +139,33 @@ void bind_linear(py::module_& m) {
             const py::gil_scoped_release unlocked;
             linear_rows(w, at<const int64_t>(index), n, at<float>(rows), threads);
         });
+    py::class_<LinearCall>(m, "LinearCall",
+                           "Weights that share an input x [tokens, in] and its transform. Tensors come as addresses, "
+                           "x, bias and y [tokens, out] of the same dtype; bias 0: none.")
+        .def(py::init([](Weights weights, int isa, std::shared_ptr<InputTransform> transform) {
+                 return LinearCall(std::move(weights), isa_from_index(isa), std::move(transform));
+             }),
+             py::arg("weights"), py::arg("isa"), py::arg("transform").none(true))
+        .def(
+            "run",
+            [](const LinearCall& call, uintptr_t x, int dtype, int64_t tokens, uintptr_t bias, uintptr_t y,
+               int threads) {
+                const Dtype type = dtype_from_index(dtype);
+                if (call.size() != 1)
+                    throw std::invalid_argument("linear: " + std::to_string(call.size()) + " weights, one output");
+                const py::gil_scoped_release unlocked;
+                call.run(at<const void>(x), type, tokens, &bias, &y, threads);
+            },
+            "The only weight's output.", py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("bias"),
+            py::arg("y"), py::arg("threads"))
+        .def("run_group", run_group, "Every weight's output.", py::arg("x"), py::arg("dtype"), py::arg("tokens"),
+             py::arg("bias"), py::arg("y"), py::arg("threads"));
     m.def(
         "linear",
-        [](const Weights& weights, int isa, const InputTransform* transform, uintptr_t x, int dtype, int64_t tokens,
+        [](Weights weights, int isa, std::shared_ptr<InputTransform> transform, uintptr_t x, int dtype, int64_t tokens,
            const std::vector<uintptr_t>& bias, const std::vector<uintptr_t>& y, int threads) {
-            const Isa set = isa_from_index(isa);
-            const Dtype type = dtype_from_index(dtype);
-            const py::gil_scoped_release unlocked;
-            linear(weights, set, transform, at<const void>(x), type, tokens, bias, y, threads);
+            const LinearCall call(std::move(weights), isa_from_index(isa), std::move(transform));
+            run_group(call, x, dtype, tokens, bias, y, threads);
         },
         py::arg("weights"), py::arg("isa"), py::arg("transform").none(true), py::arg("x"), py::arg("dtype"),
         py::arg("tokens"), py::arg("bias"), py::arg("y"), py::arg("threads"));

@@ -1,13 +1,13 @@
 #include "activations.h"
 
-#include <cfloat>
-#include <cmath>
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
 
-#include "half.h"
+#include "activations_ops.h"
 #include "input_transform.h"
+#include "parallel.h"
 
 namespace bitpalette {
 namespace {
@@ -15,87 +15,108 @@ namespace {
 constexpr int64_t row_columns = 256; // rows are whole blocks of every form
 constexpr size_t line = 64;
 
+// Below this many columns a thread (about 10 us), waking another one (about 2 us) costs more than it saves.
+constexpr int64_t columns_per_thread = 8192;
+
 int block_of(InputForm form) {
     return form == InputForm::int8_by_32 ? 32 : 256;
 }
 
-// n values to codes (and low) at n of a block; returns the scale. sum: of what the codes say.
-float quantize_block(const float* x, int n, int8_t* codes, int8_t* low, int32_t* sum) {
-    float largest = 0;
-    bool finite = true;
-    for (int i = 0; i < n; ++i) {
-        finite &= std::fabs(x[i]) <= FLT_MAX;
-        largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
-    }
-    *sum = 0;
-    if (!finite || largest < 32512 * FLT_MIN) { // or 32512 / largest overflows
-        for (int i = 0; i < n; ++i) {
-            codes[i] = 0;
-            if (low != nullptr)
-                low[i] = 0;
-        }
-        return finite ? 0.0f : NAN;
-    }
-    const float units = low == nullptr ? 127.0f : 32512.0f; // 127 * 256
-    const float inverse = units / largest;
-    for (int i = 0; i < n; ++i) {
-        const int32_t code = static_cast<int32_t>(std::lrintf(x[i] * inverse));
-        *sum += code;
-        const int32_t high = low == nullptr ? code : (code + 128) >> 8;
-        codes[i] = static_cast<int8_t>(high);
-        if (low != nullptr)
-            low[i] = static_cast<int8_t>(code - high * 256);
-    }
-    return largest / 127.0f;
+int useful_threads(int64_t columns, int64_t tokens, int threads) {
+    return static_cast<int>(
+        std::clamp<int64_t>(columns / columns_per_thread, 1, std::max<int64_t>(std::min<int64_t>(threads, tokens), 1)));
+}
+
+// Layers of different widths take turns with the same buffers: what grows once must not be cleared at every turn.
+template <class T>
+void grow(std::vector<T>& buffer, size_t n) {
+    if (buffer.size() < n)
+        buffer.resize(n);
 }
 
 } // namespace
 
-void Activations::set(const void* x, Dtype dtype, int64_t tokens, int64_t in, const InputTransform* transform) {
+const ActivationOps& activation_ops(Isa isa) {
+#if BITPALETTE_X86
+    if (isa == Isa::avx512)
+        return activations_avx512;
+    if (isa == Isa::avx2)
+        return activations_avx2;
+#endif
+    return activations_scalar;
+}
+
+void Activations::set(const void* x, Dtype dtype, int64_t tokens, int64_t in, const InputTransform* transform,
+                      int threads) {
     if (transform != nullptr && transform->n() != in)
         throw std::invalid_argument("a transform of " + std::to_string(transform->n()) + " columns, an input of " +
                                     std::to_string(in));
     tokens_ = tokens, in_ = in, row_ = (in + row_columns - 1) / row_columns * row_columns;
     for (Quantized& q : quantized_)
         q.made = false;
-    room_.resize(static_cast<size_t>(tokens * row_) + line / sizeof(float));
-    spare_.resize(static_cast<size_t>(in));
-    void* at = room_.data();
+    grow(room_, static_cast<size_t>(tokens * row_) + line / sizeof(float));
+    void* start = room_.data();
     size_t bytes = room_.size() * sizeof(float);
-    values_ = static_cast<float*>(std::align(line, static_cast<size_t>(tokens * row_) * sizeof(float), at, bytes));
-    for (int64_t t = 0; t < tokens; ++t) {
-        float* to = values_ + t * row_;
-        for (int64_t i = 0; i < in; ++i)
-            to[i] = load_element(x, dtype, t * in + i);
-        for (int64_t i = in; i < row_; ++i)
-            to[i] = 0;
-        if (transform != nullptr)
-            transform->apply(to, spare_.data());
-    }
+    values_ = static_cast<float*>(std::align(line, static_cast<size_t>(tokens * row_) * sizeof(float), start, bytes));
+    struct Call {
+        const ActivationOps& ops;
+        const InputTransform* transform;
+        const char* x;
+        Dtype dtype;
+        int64_t tokens, in, row, shares;
+        float* values;
+        float* spare; // [shares, row]
+    } call{activation_ops(isa_), transform, static_cast<const char*>(x), dtype, tokens, in, row_, 0, values_, nullptr};
+    call.shares = useful_threads(tokens * in, tokens, threads);
+    grow(spare_, static_cast<size_t>(call.shares * row_));
+    call.spare = spare_.data();
+    const auto body = [](void* context, int64_t begin, int64_t end) {
+        const Call& c = *static_cast<const Call*>(context);
+        const int64_t bytes_a_row = c.in * (c.dtype == Dtype::f32 ? 4 : 2);
+        for (int64_t share = begin; share < end; ++share)
+            for (int64_t t = c.tokens * share / c.shares; t < c.tokens * (share + 1) / c.shares; ++t) {
+                float* to = c.values + t * c.row;
+                if (c.transform != nullptr)
+                    c.transform->apply(c.x + t * bytes_a_row, c.dtype, to, c.spare + share * c.row);
+                else
+                    c.ops.load(c.x + t * bytes_a_row, c.dtype, c.in, nullptr, to);
+                std::fill(to + c.in, to + c.row, 0.0f);
+            }
+    };
+    parallel_for(call.shares, static_cast<int>(call.shares), body, &call);
 }
 
-void Activations::need(InputForm form) {
+void Activations::need(InputForm form, int threads) {
     Quantized& q = quantized_[static_cast<int>(form)];
     if (form == InputForm::f32 || q.made)
         return;
-    const int block = block_of(form);
     const bool planes = form == InputForm::int16_by_256;
     const size_t size = static_cast<size_t>(tokens_ * row_);
-    q.codes.resize(size);
-    q.low.resize(planes ? size : 0);
-    q.scale.resize(size / static_cast<size_t>(block));
-    q.sum.resize(q.scale.size());
-    for (size_t b = 0; b < q.scale.size(); ++b) {
-        const size_t first = b * static_cast<size_t>(block);
-        int8_t* low = planes ? q.low.data() + first : nullptr;
-        q.scale[b] = quantize_block(values_ + first, block, q.codes.data() + first, low, &q.sum[b]);
-    }
+    const int block = block_of(form);
+    grow(q.codes, size);
+    grow(q.low, planes ? size : 0);
+    grow(q.scale, size / static_cast<size_t>(block));
+    grow(q.sum, q.scale.size());
+    struct Call {
+        const ActivationOps& ops;
+        const float* values;
+        Quantized& q;
+        int block;
+        bool planes;
+    } call{activation_ops(isa_), values_, q, block, planes};
+    const auto body = [](void* context, int64_t begin, int64_t end) {
+        const Call& c = *static_cast<const Call*>(context);
+        const int64_t first = begin * c.block;
+        c.ops.quantize(c.values + first, end - begin, c.block, c.q.codes.data() + first,
+                       c.planes ? c.q.low.data() + first : nullptr, c.q.scale.data() + begin, c.q.sum.data() + begin);
+    };
+    parallel_for(tokens_ * row_ / block, useful_threads(tokens_ * row_, tokens_, threads), body, &call);
     q.made = true;
 }
 
 Int8Blocks Activations::int8(InputForm form) const {
     const Quantized& q = quantized_[static_cast<int>(form)];
-    const int8_t* low = q.low.empty() ? nullptr : q.low.data();
+    const int8_t* low = form == InputForm::int16_by_256 ? q.low.data() : nullptr;
     return {q.codes.data(), low, q.scale.data(), q.sum.data(), row_, block_of(form)};
 }
 

@@ -40,9 +40,9 @@ class Activations {
     explicit Activations(Isa isa) : isa_(isa) {}
 
     // x [tokens, in] of the given type, transformed (null: as it is). Buffers are kept from call to call.
-    void set(const void* x, Dtype dtype, int64_t tokens, int64_t in, const InputTransform* transform);
-    // Makes a form where it is not there yet. From one thread.
-    void need(InputForm form);
+    void set(const void* x, Dtype dtype, int64_t tokens, int64_t in, const InputTransform* transform, int threads = 1);
+    // Makes a form where it is not there yet. Called by one thread.
+    void need(InputForm form, int threads = 1);
 
     int64_t tokens() const { return tokens_; }
     int64_t in() const { return in_; }

@@ -1,12 +1,10 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "half.h"
+#include "activations_ops.h"
 #include "parallel.h"
 
 namespace bitpalette {
@@ -27,7 +25,7 @@ void linear_group(const LinearOutput* outputs, int n, Activations& x, int thread
         if (outputs[i].weight->in != x.in())
             throw std::invalid_argument("a weight takes " + std::to_string(outputs[i].weight->in) +
                                         " features in, got " + std::to_string(x.in()));
-        x.need(outputs[i].weight->form());
+        x.need(outputs[i].weight->form(), threads);
         blocks += outputs[i].weight->blocks();
         bytes += outputs[i].weight->bytes();
     }
@@ -66,13 +64,12 @@ void linear_rows(const LinearWeight& w, const int64_t* index, int64_t n, float* 
     parallel_for(n, worth_waking(n * w.in, threads), body, &call);
 }
 
-void store_outputs(const float* from, int64_t from_row, int64_t tokens, int64_t out, const void* bias, Dtype dtype,
-                   void* y) {
-    for (int64_t t = 0; t < tokens; ++t, from += from_row)
-        for (int64_t r = 0; r < out; ++r) {
-            const float value = bias == nullptr ? from[r] : from[r] + load_element(bias, dtype, r);
-            store_element(y, dtype, t * out + r, value);
-        }
+void store_outputs(Isa isa, const float* from, int64_t from_row, int64_t tokens, int64_t out, const void* bias,
+                   Dtype dtype, void* y) {
+    const ActivationOps& ops = activation_ops(isa);
+    const int64_t bytes_a_row = out * (dtype == Dtype::f32 ? 4 : 2);
+    for (int64_t t = 0; t < tokens; ++t)
+        ops.store(from + t * from_row, bias, dtype, out, static_cast<char*>(y) + t * bytes_a_row);
 }
 
 } // namespace bitpalette

@@ -46,8 +46,8 @@ void linear_group(const LinearOutput* outputs, int n, Activations& x, int thread
 // rows [n, in] = rows `index` of W. std::invalid_argument for an index out of range.
 void linear_rows(const LinearWeight& w, const int64_t* index, int64_t n, float* rows, int threads);
 
-// y [tokens, out] of dtype = the outputs in float32, rounded, plus bias [out] of the same type (null: none).
-void store_outputs(const float* from, int64_t from_row, int64_t tokens, int64_t out, const void* bias, Dtype dtype,
-                   void* y);
+// y [tokens, out] of dtype = the outputs in float32 plus bias [out] of that type (null: none), rounded. from may be y.
+void store_outputs(Isa isa, const float* from, int64_t from_row, int64_t tokens, int64_t out, const void* bias,
+                   Dtype dtype, void* y);
 
 } // namespace bitpalette
