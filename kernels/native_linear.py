@@ -21,8 +21,13 @@ WIDE_BLOCK_ELEMENTS = 1 << 19
 
 
 class NativeLinear(OnInstructionSet):
-    """Base of the kernels in csrc/cpu that are `LinearWeight`s."""
+    """Base of the kernels in csrc/cpu that are `LinearWeight`s.
 
+    A layer calls the native weight itself for up to most_tokens rows (kernels/native_call.py), and `transformed_linear`
+    for more.
+    """
+
+    name: str
     most_tokens = 8
 
     def make_native(self, packed: Packed) -> Any:
@@ -55,11 +60,7 @@ class NativeLinear(OnInstructionSet):
         self.native(packed).rows(index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
 
     def _wide_linear(self, x: Tensor, packed: Packed, bias: Tensor | None, transform: Any) -> Tensor:
-        z = x.float()
-        if transform is not None:
-            z = z.clone() if z is x else z
-            z = z.contiguous()
-            transform.apply(z.data_ptr(), z.shape[0])
+        z = x.float() if transform is None else transform_rows(x, transform)
         y = torch.empty(x.shape[0], packed.shape[0])
         # one buffer for all blocks, small enough for the cache: fresh pages for each cost more than decoding into them
         blocks = list(row_blocks(*packed.shape, WIDE_BLOCK_ELEMENTS))
@@ -69,6 +70,14 @@ class NativeLinear(OnInstructionSet):
             self._decode(packed, torch.arange(start, stop), w)
             torch.mm(z, w.T, out=y[:, start:stop])
         return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def transform_rows(x: Tensor, transform: Any) -> Tensor:
+    """T x, float32, for every row of x [tokens, in] by a native `InputTransform`."""
+    x = x.float().contiguous()
+    y = torch.empty_like(x)
+    transform.apply(x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads())
+    return y
 
 
 def native_linear(

@@ -16,6 +16,44 @@ namespace {
 
 using Weights = std::vector<std::shared_ptr<LinearWeight>>;
 
+// W float32 [out, in] as it is, in portable code, by any form of the input: what the interface means, for its tests and
+// for measuring what a call costs beyond its arithmetic.
+class DenseWeight final : public LinearWeight {
+  public:
+    DenseWeight(const float* w, int64_t out, int64_t in, InputForm form) : LinearWeight(out, in), w_(w), form_(form) {}
+
+    InputForm form() const override { return form_; }
+    int64_t bytes() const override { return out * in * static_cast<int64_t>(sizeof(float)); }
+
+    void multiply(const Activations& x, float* y, int64_t y_row, int64_t begin, int64_t end) const override {
+        for (int64_t t = 0; t < x.tokens(); ++t)
+            for (int64_t r = begin * linear_block_rows; r < std::min(end * linear_block_rows, out); ++r) {
+                float sum = 0;
+                for (int64_t j = 0; j < in; ++j)
+                    sum += w_[r * in + j] * value(x, t, j);
+                y[t * y_row + r] = sum;
+            }
+    }
+
+    void decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const override {
+        for (int64_t i = begin; i < end; ++i)
+            std::copy(w_ + index[i] * in, w_ + (index[i] + 1) * in, rows + i * in);
+    }
+
+  private:
+    float value(const Activations& x, int64_t t, int64_t j) const {
+        if (form_ == InputForm::f32)
+            return x.floats().values[t * x.floats().row + j];
+        const Int8Blocks q = x.int8(form_);
+        const int64_t i = t * q.row + j;
+        const float low = q.low == nullptr ? 0.0f : static_cast<float>(q.low[i]) / 256;
+        return (static_cast<float>(q.codes[i]) + low) * q.scale[i / q.block];
+    }
+
+    const float* w_;
+    const InputForm form_;
+};
+
 // Weights that share an input, with what stays the same from call to call.
 class LinearCall {
   public:
@@ -139,6 +177,13 @@ void bind_linear(py::module_& m) {
             const py::gil_scoped_release unlocked;
             linear_rows(w, at<const int64_t>(index), n, at<float>(rows), threads);
         });
+    py::class_<DenseWeight, LinearWeight, std::shared_ptr<DenseWeight>>(m, "DenseWeight")
+        .def(py::init([](uintptr_t w, int64_t out, int64_t in, int form) {
+                 if (form < 0 || form > 3)
+                     throw std::invalid_argument("no form " + std::to_string(form));
+                 return std::make_shared<DenseWeight>(at<const float>(w), out, in, static_cast<InputForm>(form));
+             }),
+             py::arg("w"), py::arg("out"), py::arg("in_features"), py::arg("form"));
     py::class_<LinearCall>(m, "LinearCall",
                            "Weights that share an input x [tokens, in] and its transform. Tensors come as addresses, "
                            "x, bias and y [tokens, out] of the same dtype; bias 0: none.")

@@ -220,7 +220,9 @@ def test_buffers_of_a_wider_input_do_not_show(isa: str) -> None:
 def test_outputs_are_rounded_to_nearest_even(isa: str, dtype: torch.dtype, biased: bool) -> None:
     bits = torch.randint(-(1 << 31), 1 << 31, (3, 4099), generator=torch.Generator().manual_seed(1))
     outputs = bits.to(torch.int32).view(torch.float32).clone()  # all exponents, infinities and NaN
-    outputs[0, :8] = torch.tensor([65519.9, 65520.0, 2.0**-25, 2.0**-24 * 1.5, -0.0, 1 + 2.0**-9, 1 + 3 * 2.0**-9, 6e-5])
+    outputs[0, :8] = torch.tensor(
+        [65519.9, 65520.0, 2.0**-25, 2.0**-24 * 1.5, -0.0, 1 + 2.0**-9, 1 + 3 * 2.0**-9, 6e-5]
+    )
     bias = torch.randn(4099, generator=torch.Generator().manual_seed(2)).to(dtype) if biased else None
     y = torch.empty(3, 4099, dtype=dtype)
     cpu_module().store_outputs(
