@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..quant.scheme import Scheme
 from ..quant.tensor import QuantizedTensor
@@ -14,6 +15,7 @@ from ..quant.transform import get_transform
 from .base import Kernel
 from .module import QuantModule
 from .registry import kernels
+from .torch_ops import embedding
 
 
 class QuantEmbedding(QuantModule):
@@ -75,9 +77,14 @@ class QuantEmbedding(QuantModule):
         """The table [num_embeddings, embedding_dim], transforms undone."""
         return self.to_tensor().dequantize(dtype)
 
-    @torch.no_grad()
     def forward(self, input_ids: Tensor) -> Tensor:
         """Rows [..., embedding_dim] in `dtype` for integer ids of any shape. IndexError for an id out of range."""
+        if is_compiling():
+            return embedding(input_ids, self._key, self.embedding_dim, self.dtype)
+        return self.look_up(input_ids)
+
+    @torch.no_grad()
+    def look_up(self, input_ids: Tensor) -> Tensor:
         if input_ids.device.type == "meta":
             return torch.empty(*input_ids.shape, self.embedding_dim, dtype=self.dtype, device="meta")
         kernel, packed = self._ready("weight")

@@ -99,7 +99,7 @@ class QuantExperts(QuantModule):
             for transform in scheme.transforms:
                 x = get_transform(transform).apply_input(x, fields)
         kernel, packed = ready[name]
-        return frozen_linear(x, kernel, packed.expert(expert), None)
+        return frozen_linear(x, kernel, packed.expert(expert), None, None)
 
     def extra_repr(self) -> str:
         schemes = ", ".join(f"{name}={self._schemes.get(name, 'kept')}" for name in (GATE_UP, DOWN))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, empty_like, get_num_threads, is_grad_enabled, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..quant.scheme import Scheme
 from ..quant.tensor import QuantizedTensor
-from ..quant.transform import get_transform
+from . import torch_ops
+from .base import Kernel, Packed
 from .embedding import QuantEmbedding
-from .frozen import frozen_linear
+from .frozen import frozen_linear, input_gradient
+from .input_transform import InputTransforms, input_transforms
 from .module import QuantModule, buffer_name
+from .native_call import NativeCall, NativeWeight, Watched, are_there, native_call
+from .native_linear import NativeLinear
 
 
 class QuantLinear(QuantModule):
@@ -22,6 +28,9 @@ class QuantLinear(QuantModule):
     `from_tensor`. Takes float32, float16 or bfloat16 with any leading dimensions; gives the dtype of x. W is frozen;
     gradients reach x and the bias.
     """
+
+    _call: NativeCall | None  # for inputs like the last one
+    _transforms: tuple[int | None, InputTransforms] | None  # with the instruction set that they were made for
 
     def __init__(
         self,
@@ -34,6 +43,7 @@ class QuantLinear(QuantModule):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self._forget()
         self._declare("weight", scheme, (out_features, in_features), device)
         empty = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
@@ -91,22 +101,74 @@ class QuantLinear(QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out_features] for x [..., in_features]; zero tokens give zero tokens, a meta x gives a meta y."""
+        if is_dynamo_compiling():
+            return torch_ops.linear(x, self._parameters["bias"], self._key, self.out_features)
+        call = self._call
+        if call is not None:  # a decode step comes by hundreds of times, and each test here costs 20 to 200 ns
+            shape, dtype, number, tokens, run, like, watched, bias, at, _ = call
+            if (
+                x.shape == shape
+                and x.dtype is dtype
+                and type(x) is Tensor
+                and x.is_cpu
+                and x.is_contiguous()
+                and are_there(watched)
+                and (bias is None or bias.data_ptr() == at)
+                and not (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+            ):
+                y = empty_like(like)
+                run(x.data_ptr(), number, tokens, at, y.data_ptr(), get_num_threads())
+                return y
+        return self.compute(x, self._parameters["bias"])
+
+    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `forward`, never in a graph, with that bias in place of the layer's."""
+        if is_compiling():  # torch.export without dynamo
+            return torch_ops.linear(x, bias, self._key, self.out_features)
         if self.tied_to is not None:
-            return self._tied_forward(x, self.tied_to)
+            return self._tied_forward(x, bias, self.tied_to)
         if x.device.type == "meta":
             return x.new_empty(*x.shape[:-1], self.out_features)
-        return self._compute(x, self)
+        weight = self.native_weight()
+        if isinstance(weight, NativeWeight):
+            self._call = native_call(weight, x)
+        return frozen_linear(x, *self._map(self), bias)
 
-    def _compute(self, x: Tensor, owner: QuantModule) -> Tensor:
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of x [..., in_features] from that of y [..., out_features], in its dtype."""
+        kernel, packed, transforms = self._map(self._owner)
+        z = input_gradient(grad.reshape(-1, self.out_features), kernel, packed, transforms)
+        return z.view(*grad.shape[:-1], self.in_features)
+
+    def native_weight(self) -> NativeWeight | str:
+        """What native calls compute with, prepared; or why there is none, in words."""
+        if self.tied_to is not None:
+            return "it is tied to an embedding"
+        kernel, packed, transforms = self._map(self)
+        if not isinstance(kernel, NativeLinear):
+            return f"its kernel {kernel.name} is not native"
+        if transforms.why_not is not None:
+            return transforms.why_not
+        codes = (self._packed_names("weight") or ["weight"])[0]
+        names = [codes, *(buffer_name("weight", field) for field in self._transform_names["weight"])]
+        watched: list[Watched] = [(self._buffers, name, self._buffers[name]) for name in names]
+        bias = self._parameters["bias"]
+        return NativeWeight(kernel, packed, transforms.native, (*watched, (self._parameters, "bias", bias)), bias)
+
+    def _map(self, owner: QuantModule) -> tuple[Kernel, Packed, InputTransforms]:
+        """All that the linear map is made of."""
         kernel, packed = owner._ready("weight")
-        transforms = self._schemes["weight"].transforms
-        if transforms:
-            fields = owner._transform_fields("weight")
-            for name in transforms:
-                x = get_transform(name).apply_input(x, fields)
-        return frozen_linear(x, kernel, packed, self._parameters["bias"])
+        fields = owner._transform_fields("weight")
+        isa = kernel.resolve_isa() if isinstance(kernel, NativeLinear) else None
+        if self._transforms is not None:
+            known_isa, known = self._transforms
+            if known_isa == isa and all(known.fields.get(name) is tensor for name, tensor in fields.items()):
+                return kernel, packed, known
+        made = input_transforms(self._schemes["weight"].transforms, fields, self.in_features, isa)
+        self._transforms = isa, made
+        return kernel, packed, made
 
-    def _tied_forward(self, x: Tensor, embedding: QuantEmbedding) -> Tensor:
+    def _tied_forward(self, x: Tensor, bias: Tensor | None, embedding: QuantEmbedding) -> Tensor:
         """As `forward`, on the embedding's device, with the embedding's weights brought in where they are offloaded."""
         if x.device.type == "meta":
             return x.new_empty(*x.shape[:-1], self.out_features)
@@ -115,10 +177,24 @@ class QuantLinear(QuantModule):
             hook.pre_forward(embedding)
         try:
             device = embedding._tensors("weight")[0].device
-            return self._compute(x.to(device), embedding).to(x.device)
+            return frozen_linear(x.to(device), *self._map(embedding), bias).to(x.device)
         finally:
             if hook is not None:
                 hook.post_forward(embedding, None)
+
+    def unprepare(self) -> None:
+        self._forget()
+        super().unprepare()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _forget(self) -> None:
+        self._call = self._transforms = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_call": None, "_transforms": None}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.tied_to is not None:

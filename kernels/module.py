@@ -19,6 +19,7 @@ from ..quant.scheme import Scheme, SchemeError
 from ..quant.tensor import QuantizedTensor, field_specs, stack, unstack
 from .base import Kernel, KernelError, Packed, choose, codec_fields
 from .registry import kernels
+from .torch_ops import key_of
 
 
 def buffer_name(weight: str, field: str) -> str:
@@ -37,6 +38,7 @@ class QuantModule(nn.Module):
         self._prepared: dict[str, tuple[str, torch.device]] = {}
         # what `_ready` found, with the codes that it found it for: other codes under that name make it stale
         self._ready_cache: dict[str, tuple[str, Tensor, Kernel, Packed]] = {}
+        self._key = key_of(self)  # by which ops in a compiled graph find this module
 
     # -- declaring and filling
 
@@ -231,7 +233,12 @@ class QuantModule(nn.Module):
         state["_buffers"] = buffers
         state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set & buffers.keys()
         state["_prepared"], state["_ready_cache"] = {}, {}
+        del state["_key"]
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._key = key_of(self)
 
     def __getattr__(self, name: str) -> Any:
         """A canonical field by its name also while it is prepared (a fresh tensor then)."""
