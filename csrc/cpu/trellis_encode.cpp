@@ -1,6 +1,8 @@
 #include "trellis_encode.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -11,10 +13,12 @@
 namespace bitpalette {
 namespace {
 
+constexpr int block = 64; // tiles among which those that need a second pass are put in pairs
+
 const TrellisStepUnit& unit_of(Isa isa) {
 #if BITPALETTE_X86
     if (isa == Isa::avx512)
-        return trellis_step_avx512;
+        return __builtin_cpu_supports("avx512vbmi") ? trellis_step_avx512vbmi : trellis_step_avx512;
     if (isa == Isa::avx2)
         return trellis_step_avx2;
 #endif
@@ -35,10 +39,18 @@ void pack(const TrellisCode& code, const uint16_t* states, uint8_t* tile) {
 
 // Whether the tile's bits say what the search meant. They do unless states that follow each other do not join.
 bool reads_back(const TrellisCode& code, const uint8_t* tile, const uint16_t* states) {
-    bool same = true;
-    for (int i = 0; i < trellis_weights; ++i)
-        same &= code.state(tile, i) == states[i];
-    return same;
+    uint8_t string[2 * trellis_most_bits + 4]; // its beginning once more at its end
+    std::memcpy(string, tile, static_cast<size_t>(code.bytes()));
+    std::memcpy(string + code.bytes(), tile, 4);
+    uint32_t different = 0;
+    for (int i = 0, sixteenths = 0; i < trellis_weights; ++i, sixteenths += code.m) {
+        const int bit = sixteenths / 16;
+        uint32_t word = 0;
+        for (int b = 0; b < 3; ++b) // joined to one load
+            word |= static_cast<uint32_t>(string[bit / 8 + b]) << (8 * b);
+        different |= (word >> (bit % 8) ^ states[i]) & ((1u << code.window) - 1);
+    }
+    return different == 0;
 }
 
 } // namespace
@@ -64,14 +76,18 @@ int64_t trellis_encode(Isa isa, const float* x, int64_t tiles, const TrellisCode
         thread_local std::unique_ptr<TrellisSearch> search;
         if (!search || !search->is_for(c.unit, c.code))
             search = std::make_unique<TrellisSearch>(c.unit, c.code);
-        uint16_t states[trellis_weights];
-        for (int64_t k = begin; k < end; ++k) {
-            c.exact += !search->find(c.x + k * trellis_weights, states);
-            uint8_t* tile = c.codes + k * c.code.bytes();
-            pack(c.code, states, tile);
-            c.broken += !reads_back(c.code, tile, states);
-            for (int i = 0; c.levels != nullptr && i < trellis_weights; ++i)
-                c.levels[k * trellis_weights + i] = static_cast<float>(trellis_level(states[i]));
+        uint16_t found[block * trellis_weights];
+        for (int64_t first = begin; first < end; first += block) {
+            const int count = static_cast<int>(std::min<int64_t>(end - first, block));
+            c.exact += search->find(c.x + first * trellis_weights, count, found);
+            for (int k = 0; k < count; ++k) {
+                const uint16_t* states = found + k * trellis_weights;
+                uint8_t* tile = c.codes + (first + k) * c.code.bytes();
+                pack(c.code, states, tile);
+                c.broken += !reads_back(c.code, tile, states);
+                for (int i = 0; c.levels != nullptr && i < trellis_weights; ++i)
+                    c.levels[(first + k) * trellis_weights + i] = static_cast<float>(trellis_level(states[i]));
+            }
         }
     };
     parallel_for(tiles, threads, body, &call);

@@ -20,8 +20,9 @@ struct TrellisPlan {
     struct Step {
         int weight;
         int expand, fold;
-        int kept;              // states that the fold leaves, 2^(L - fold)
-        const int16_t* levels; // in the unit's order
+        int kept;                                              // states that the fold leaves, 2^(L - fold)
+        const int16_t* levels;                                 // in the unit's order
+        void (*run[trellis_most_tiles])(const TrellisStep& s); // by tiles - 1
     };
 
     TrellisPlan(const TrellisStepUnit& unit, const TrellisCode& code);
@@ -29,11 +30,13 @@ struct TrellisPlan {
     // Every so many steps a row's least value is subtracted from it, which keeps rows below 32767.
     static constexpr int normalize_every = 8;
 
+    const TrellisStepUnit& unit;
     TrellisCode code;
     int fixed;             // of a level
     const int16_t* levels; // of all states, in order
     int lead, seam, last;  // steps: how many before the seam, the one before it, the last of all
     int row_size;          // room for the longest row
+    int together;          // tiles that are searched at once
     std::vector<Step> steps;
 };
 

@@ -1,17 +1,27 @@
 #include "trellis_rows.h"
 
 #include <algorithm>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace bitpalette {
 namespace {
 
-// Rows of 2 to 4 MiB in all, as far as the cone stays below a hundred states a step: measured at 2 MiB of cache.
+constexpr size_t huge_page = size_t{2} << 20;
+constexpr size_t cone_room = 15; // TrellisCone
+
+// Measured for tiles in pairs, at 2 MiB of second-level cache. Fewer rows take less of it, but the cone, whose lines
+// come from where the rows are, doubles with each bit of a step: it pays up to 64 states, 256 at 14 and 16 bits.
 int rows_apart(const TrellisCode& code) {
+    const int m = code.m;
     if (code.window == 12)
         return 1;
     if (code.window == 14)
-        return code.m < 32 ? 4 : code.m < 48 ? 2 : 1;
-    return code.m < 36 ? 4 : code.m < 48 ? 2 : 1;
+        return m < 30 ? 4 : m < 44 ? 2 : 1;
+    return m < 20 ? 6 : m < 32 ? 4 : m < 36 ? 3 : m < 48 ? 2 : 1;
 }
 
 // The least of costs << 5 | number, which is the cheapest and of equals the first. Four chains of comparisons.
@@ -26,26 +36,41 @@ uint32_t cheapest(int count, const Cost& cost) {
     return std::min(std::min(least[0], least[1]), std::min(least[2], least[3]));
 }
 
+// Huge pages, where the system gives them: rows are read in strides, and of 4 KiB each page that a stride meets has to
+// be looked up. Below half of one it would be mostly empty.
+uint16_t* allocate(size_t elements) {
+    const size_t bytes = (elements * sizeof(uint16_t) + huge_page - 1) / huge_page * huge_page;
+    void* memory = ::operator new(bytes, std::align_val_t{huge_page});
+#ifdef MADV_HUGEPAGE
+    if (2 * elements * sizeof(uint16_t) >= huge_page)
+        madvise(memory, bytes, MADV_HUGEPAGE); // advice: where it is not taken all is as it was
+#endif
+    return static_cast<uint16_t*>(memory);
+}
+
 } // namespace
 
+void TrellisRows::Free::operator()(uint16_t* memory) const {
+    ::operator delete(memory, std::align_val_t{huge_page});
+}
+
 TrellisRows::TrellisRows(const TrellisPlan& plan)
-    : plan_(plan), every_(rows_apart(plan.code)), cone_(static_cast<size_t>(every_)) {
-    const int first = plan.lead - every_; // of the rows that are kept; two others take turns
-    const size_t size = static_cast<size_t>(plan.row_size), align = 64 / sizeof(uint16_t);
-    memory_.resize(size * static_cast<size_t>(2 + 1 + (plan.last + 1 - first) / every_) + align);
-    uint16_t* at = memory_.data() + align - reinterpret_cast<uintptr_t>(memory_.data()) / sizeof(uint16_t) % align;
-    uint16_t* const passing[2] = {at, at + size};
+    : plan_(plan), every_(rows_apart(plan.code)), first_(plan.lead - every_), cone_(static_cast<size_t>(every_)) {
+    const size_t size = static_cast<size_t>(plan.row_size);
+    const size_t rows = static_cast<size_t>(2 + 1 + (plan.last + 1 - first_) / every_);
+    memory_.reset(allocate(size * rows));
+    uint16_t* at = memory_.get();
+    uint16_t* const passing[2] = {at, at + size}; // rows that are not kept take turns
     at += 2 * size;
     for (int step = 0; step <= plan.last + 1; ++step) {
-        const bool kept = step >= first && step % every_ == 0;
-        rows_.push_back(kept ? at : passing[step & 1]);
-        at += kept ? size : 0;
+        rows_.push_back(kept(step) ? at : passing[step & 1]);
+        at += kept(step) ? size : 0;
     }
 }
 
 // Costs of all states, in the steps from the kept row before `last` to `last`, that lead to `low` after `last`.
 void TrellisRows::compute_cone(int last, uint32_t low, const int16_t* x) {
-    const int first = last - last % every_;
+    const int first = last - (last - first_) % every_;
     uint32_t stride = static_cast<uint32_t>(plan_.steps[last].kept);
     size_t count = 1;
     for (int step = last; step >= first; --step) {
@@ -53,29 +78,22 @@ void TrellisRows::compute_cone(int last, uint32_t low, const int16_t* x) {
         Level& level = cone_[step - first];
         count <<= s.fold;
         level.stride = stride, level.low = low;
-        level.costs.resize(count);
+        level.costs.resize(count + cone_room);
         stride >>= s.expand, low >>= s.expand;
     }
-    for (int step = first; step <= last; ++step) {
+    wanted_.resize(count + cone_room);
+    const uint16_t* from = (*this)[first] + low;
+    for (size_t i = 0; i < count; ++i)
+        wanted_[i] = from[i * stride];
+    const uint32_t* before = wanted_.data();
+    for (int step = first, folded = 1; step <= last; ++step) {
         const TrellisPlan::Step& s = plan_.steps[step];
         Level& level = cone_[step - first];
-        const int32_t weight = x[s.weight];
-        const int16_t* levels = plan_.levels + level.low;
-        uint32_t* costs = level.costs.data();
-        const size_t n = level.costs.size();
-        if (step == first) {
-            const uint16_t* from = (*this)[step] + low;
-            for (size_t i = 0; i < n; ++i)
-                costs[i] = from[i * stride];
-        } else {
-            const std::vector<uint32_t>& before = cone_[step - first - 1].costs;
-            std::fill_n(costs, n, uint32_t{trellis_row_most});
-            for (size_t h = 0; h < before.size(); h += n)
-                for (size_t i = 0; i < n; ++i)
-                    costs[i] = std::min(costs[i], before[h + i]);
-        }
-        for (size_t i = 0; i < n; ++i)
-            costs[i] += trellis_metric(weight, levels[i * level.stride]);
+        plan_.unit.cone({before, level.costs.data(), folded, static_cast<int>(count), level.low, level.stride,
+                         x[s.weight], plan_.fixed});
+        before = level.costs.data();
+        folded = 1 << s.fold;
+        count >>= s.fold;
     }
 }
 
@@ -90,11 +108,11 @@ uint32_t TrellisRows::state_before(int step, uint32_t low, const int16_t* x) {
         best = cheapest(1 << s.fold,
                         [=](int h) { return from[h * (kept >> s.expand)] + trellis_metric(weight, levels[h * kept]); });
     } else {
-        if (step != next_ || (step + 1) % every_ == 0)
+        if (step != next_ || (step + 1 - first_) % every_ == 0)
             compute_cone(step, low, x);
         next_ = step - 1;
         // of the costs of this step those whose states have the low bits
-        const Level& level = cone_[step % every_];
+        const Level& level = cone_[(step - first_) % every_];
         const uint32_t* costs = level.costs.data() + (low - level.low) / level.stride;
         best = cheapest(1 << s.fold, [=](int h) { return costs[h * (kept / level.stride)]; });
     }

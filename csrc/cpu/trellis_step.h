@@ -9,39 +9,65 @@
 // The states that a fold compares are h << (L - k_{i-1}) | t' for h = 0, 1, ...: an element-wise minimum of contiguous
 // blocks. Costs of states are never stored, only rows.
 //
-// Arithmetic, the same everywhere (16-bit integers):
-//     d      = x - level, saturating (sixty-fourths can); both are in sixteenths, thirty-seconds or sixty-fourths
-//     (trellis_levels.h) metric = (d * d + 2^14) >> 15, at most 32768 cost   = A[t] + metric: rows are at most 32767,
-//     so nothing wraps row    = min(costs, 32767)
+// Arithmetic, the same everywhere (16-bit integers), in sixteenths, thirty-seconds or sixty-fourths (trellis_levels.h):
+//
+//     d      = x - level, saturating (sixty-fourths can)
+//     metric = (d * d + 2^14) >> 15, at most 32768
+//     cost   = A[t] + metric: rows are at most 32767, so nothing wraps
+//     row    = min(costs, 32767)
 #pragma once
 
 #include <cstdint>
 
 #include "isa.h"
+#include "trellis_code.h"
 
 namespace bitpalette {
 
 constexpr uint16_t trellis_row_most = 32767;
 constexpr int trellis_most_step = 5; // bits
 
-// Sixty-fourths come with steps of 3 bits and more only: rates from 52 sixteenths on.
-constexpr bool trellis_saturates(int expand, int fold) {
-    return expand >= 3 && fold >= 3;
+// Tiles that one step advances: each vector of levels, which at L = 16 come from the second-level cache, serves all.
+constexpr int trellis_most_tiles = 2;
+
+// Only sixty-fourths saturate; they come with rates from 52 sixteenths on, whose steps are of 3 bits and more. Thirty-
+// seconds come with rates below that, whose steps are of 4 bits at most.
+constexpr bool trellis_step_exists(bool saturates, int expand, int fold) {
+    const int change = fold - expand;
+    return change >= -1 && change <= 1 && (saturates ? expand >= 3 && fold >= 3 : expand <= 4 && fold <= 4) &&
+           expand >= 1 && fold >= 1 && expand <= trellis_most_step && fold <= trellis_most_step;
 }
 
 struct TrellisStep {
-    const int16_t* levels; // of all states, in the unit's order for (expand, fold)
-    const uint16_t* from;  // A_i      [2^(window - expand)]
-    uint16_t* to;          // A_{i-1}  [2^(window - fold)]
+    const int16_t* levels;                     // of all states, in the unit's order for (expand, fold)
+    const uint16_t* from[trellis_most_tiles];  // A_i      [2^(window - expand)], by tile
+    uint16_t* to[trellis_most_tiles];          // A_{i-1}  [2^(window - fold)]
+    const uint16_t* later[trellis_most_tiles]; // a row that will be written soon and may have left the cache
+    int16_t x[trellis_most_tiles];
     int window, expand, fold;
-    int16_t x;
+};
+
+// What trellis_level is made of (trellis_code.h), for vectors.
+constexpr uint32_t trellis_multiplier = 0x83DCD12Du;
+constexpr int trellis_level_centre = 510;
+static_assert(trellis_level(1) == 0x83 + 0xDC + 0xD1 + 0x2D - trellis_level_centre);
+
+// Costs of some states of one step, for the traceback: state low + i * stride for i < n. Its last vector is computed in
+// whole, so `costs` has room for 15 more and `before` can be read as far.
+struct TrellisCone {
+    const uint32_t* before; // [folded, n]: costs of the step before, of which the least counts
+    uint32_t* costs;        // [n]
+    int folded, n;
+    uint32_t low, stride;
+    int x, fixed; // of a level
 };
 
 struct TrellisStepUnit {
     // States in one vector, which decides in what order levels are stored (trellis_levels.h).
     int lanes;
-    // by expand - 1 and fold - expand + 1: neighbouring weights' steps differ by a bit at most
-    void (*step[trellis_most_step][3])(const TrellisStep& s);
+    // by saturation, tiles - 1, expand - 1 and fold - expand + 1: neighbouring weights' steps differ by a bit at most
+    void (*step[2][trellis_most_tiles][trellis_most_step][3])(const TrellisStep& s);
+    void (*cone)(const TrellisCone& c);
     // Subtracts the least value of a row from all; returns it.
     uint16_t (*normalize)(uint16_t* row, int n);
 };
@@ -50,6 +76,7 @@ extern const TrellisStepUnit trellis_step_scalar;
 #if BITPALETTE_X86
 extern const TrellisStepUnit trellis_step_avx2;
 extern const TrellisStepUnit trellis_step_avx512;
+extern const TrellisStepUnit trellis_step_avx512vbmi; // in the same file
 #endif
 
 } // namespace bitpalette

@@ -40,13 +40,29 @@ __m512i repeat(const uint16_t* from) {
     return _mm512_set1_epi16(static_cast<int16_t>(*from));
 }
 
-// Lane of t' (0..31) for expansion by E bits.
-template <int E>
+// Lane of t' (0..31) for expansion by E bits; of its two bytes for vpermb.
+template <int E, bool vbmi>
 __m512i order() {
-    alignas(64) int16_t lane[lanes];
-    for (int t = 0; t < lanes; ++t)
-        lane[t] = static_cast<int16_t>((t & ((1 << E) - 1)) << (5 - E) | t >> E);
-    return _mm512_load_si512(lane);
+    alignas(64) uint8_t byte[2 * lanes];
+    alignas(64) int16_t word[lanes];
+    for (int t = 0; t < lanes; ++t) {
+        const int lane = (t & ((1 << E) - 1)) << (5 - E) | t >> E;
+        word[t] = static_cast<int16_t>(lane);
+        byte[2 * t] = static_cast<uint8_t>(2 * lane);
+        byte[2 * t + 1] = static_cast<uint8_t>(2 * lane + 1);
+    }
+    return vbmi ? _mm512_load_si512(byte) : _mm512_load_si512(word);
+}
+
+// vpermw is two operations, one of them on the only port that has vpminuw; vpermb is one, on the other port: 12 % of a
+// step at 1 bit, 5 at 2. In assembler, so that this file needs no flag that a machine without VBMI could trip over.
+template <bool vbmi>
+__m512i permute(__m512i v, __m512i order) {
+    if constexpr (!vbmi)
+        return _mm512_permutexvar_epi16(order, v);
+    __m512i permuted;
+    asm("vpermb %1, %2, %0" : "=v"(permuted) : "v"(v), "v"(order));
+    return permuted;
 }
 
 // Saturating subtraction runs on fewer ports than the plain one.
@@ -55,23 +71,56 @@ __m512i difference(__m512i a, __m512i b) {
     return saturates ? _mm512_subs_epi16(a, b) : _mm512_sub_epi16(a, b);
 }
 
-template <int E, int F>
+template <int E, int F, int Tiles, bool saturates, bool vbmi>
 void step(const TrellisStep& s) {
-    const __m512i x = _mm512_set1_epi16(s.x), most = _mm512_set1_epi16(trellis_row_most), natural = order<E>();
+    const __m512i most = _mm512_set1_epi16(trellis_row_most), natural = order<E, vbmi>();
     const int n = 1 << (s.window - F), stride = n >> E;
     const int16_t* level = s.levels;
-    const uint16_t* from = s.from;
-    uint16_t* to = s.to;
-    for (int t = 0; t < n; t += lanes, from += lanes >> E) {
-        __m512i least = most;
+    __m512i x[Tiles], least[Tiles];
+    const uint16_t *from[Tiles], *later[Tiles];
+    uint16_t* to[Tiles];
+    for (int tile = 0; tile < Tiles; ++tile) {
+        x[tile] = _mm512_set1_epi16(s.x[tile]);
+        from[tile] = s.from[tile], to[tile] = s.to[tile], later[tile] = s.later[tile];
+    }
+    for (int t = 0; t < n; t += lanes) {
+        for (int tile = 0; tile < Tiles; ++tile) {
+            least[tile] = most;
+            _mm_prefetch(reinterpret_cast<const char*>(later[tile] + t), _MM_HINT_T1);
+        }
 #pragma GCC unroll 32
         for (int h = 0; h < 1 << F; ++h, level += lanes) {
             _mm_prefetch(reinterpret_cast<const char*>(level + prefetch), _MM_HINT_T0);
-            const __m512i d = difference<trellis_saturates(E, F)>(x, _mm512_load_si512(level));
-            const __m512i cost = _mm512_add_epi16(_mm512_mulhrs_epi16(d, d), repeat<E>(from + h * stride));
-            least = _mm512_min_epu16(least, cost);
+            const __m512i levels = _mm512_load_si512(level);
+            for (int tile = 0; tile < Tiles; ++tile) {
+                const __m512i d = difference<saturates>(x[tile], levels);
+                const __m512i before = repeat<E>(from[tile] + (t >> E) + h * stride);
+                least[tile] = _mm512_min_epu16(least[tile], _mm512_add_epi16(_mm512_mulhrs_epi16(d, d), before));
+            }
         }
-        _mm512_store_si512(to + t, E == 5 ? least : _mm512_permutexvar_epi16(natural, least));
+        for (int tile = 0; tile < Tiles; ++tile)
+            _mm512_store_si512(to[tile] + t, E == 5 ? least[tile] : permute<vbmi>(least[tile], natural));
+    }
+}
+
+void cone(const TrellisCone& c) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const auto all = [](uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); };
+    // products of states that follow each other, a vector apart
+    __m512i product = _mm512_mullo_epi32(_mm512_add_epi32(all(c.low), _mm512_mullo_epi32(all(c.stride), lane)),
+                                         all(trellis_multiplier));
+    const __m512i fixed = _mm512_set1_epi32(c.fixed);
+    const __m512i next = all(16 * c.stride * trellis_multiplier), half = all(1 << 14), most = all(trellis_row_most);
+    const __m512i x = _mm512_set1_epi32(c.x + trellis_level_centre * c.fixed), ones = _mm512_set1_epi8(1);
+    for (int i = 0; i < c.n; i += 16) {
+        __m512i least = most;
+        for (int h = 0; h < c.folded; ++h)
+            least = _mm512_min_epu32(least, _mm512_loadu_si512(c.before + h * c.n + i));
+        const __m512i bytes = _mm512_dpbusd_epi32(_mm512_setzero_si512(), product, ones);
+        const __m512i d = _mm512_sub_epi32(x, _mm512_mullo_epi32(bytes, fixed));
+        const __m512i metric = _mm512_srli_epi32(_mm512_add_epi32(_mm512_mullo_epi32(d, d), half), 15);
+        _mm512_storeu_si512(c.costs + i, _mm512_add_epi32(least, metric));
+        product = _mm512_add_epi32(product, next);
     }
 }
 
@@ -88,15 +137,33 @@ uint16_t normalize(uint16_t* row, int n) {
     return value;
 }
 
+template <int E, int Tiles, bool saturates, bool vbmi>
+constexpr void add_steps(TrellisStepUnit& unit) {
+    auto& steps = unit.step[saturates][Tiles - 1][E - 1];
+    if constexpr (trellis_step_exists(saturates, E, E - 1))
+        steps[0] = step<E, E - 1, Tiles, saturates, vbmi>;
+    if constexpr (trellis_step_exists(saturates, E, E))
+        steps[1] = step<E, E, Tiles, saturates, vbmi>;
+    if constexpr (trellis_step_exists(saturates, E, E + 1))
+        steps[2] = step<E, E + 1, Tiles, saturates, vbmi>;
+    if constexpr (E > 1)
+        add_steps<E - 1, Tiles, saturates, vbmi>(unit);
+}
+
+template <bool vbmi>
+constexpr TrellisStepUnit make_unit() {
+    TrellisStepUnit unit{lanes, {}, cone, normalize};
+    add_steps<trellis_most_step, 1, false, vbmi>(unit);
+    add_steps<trellis_most_step, 1, true, vbmi>(unit);
+    add_steps<trellis_most_step, 2, false, vbmi>(unit);
+    add_steps<trellis_most_step, 2, true, vbmi>(unit);
+    return unit;
+}
+
 } // namespace
 
-const TrellisStepUnit trellis_step_avx512{lanes,
-                                          {{nullptr, step<1, 1>, step<1, 2>},
-                                           {step<2, 1>, step<2, 2>, step<2, 3>},
-                                           {step<3, 2>, step<3, 3>, step<3, 4>},
-                                           {step<4, 3>, step<4, 4>, step<4, 5>},
-                                           {step<5, 4>, step<5, 5>, nullptr}},
-                                          normalize};
+const TrellisStepUnit trellis_step_avx512 = make_unit<false>();
+const TrellisStepUnit trellis_step_avx512vbmi = make_unit<true>();
 
 } // namespace bitpalette
 #endif
