@@ -25,10 +25,13 @@ JOBS = 2
 X86_64 = ("x86_64", "AMD64")
 AARCH64 = ("aarch64", "arm64")
 
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]
+
 # file-name suffix -> (machines that compile it, flags). No -march=native: a wheel runs on other machines than its own,
 # and the set of instructions is chosen at run time.
 INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], list[str]]] = {
-    "avx512": (X86_64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]),
+    "avx512vbmi": (X86_64, [*AVX512, "-mavx512vbmi"]),
+    "avx512": (X86_64, AVX512),
     "avx2": (X86_64, ["-mavx2", "-mfma", "-mf16c"]),
     "neon": (AARCH64, []),
     "scalar": (X86_64 + AARCH64, []),

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../cpu/activations.h"
 #include "../cpu/dtype.h"
 #include "../cpu/isa.h"
 
@@ -18,10 +19,22 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-inline Isa isa_from_index(int index) {
+inline Isa exact_isa_from_index(int index) {
     if (index < 0 || index >= isa_count)
         throw std::invalid_argument("no instruction set " + std::to_string(index));
     return static_cast<Isa>(index);
+}
+
+// For what has no code of its own for AVX-512 with VBMI: that for AVX-512, which every machine with VBMI runs.
+inline Isa isa_from_index(int index) {
+    const Isa isa = exact_isa_from_index(index);
+    return isa == Isa::avx512vbmi ? Isa::avx512 : isa;
+}
+
+inline InputForm input_form_from_index(int index) {
+    if (index < 0 || index > 3)
+        throw std::invalid_argument("no form of inputs " + std::to_string(index));
+    return static_cast<InputForm>(index);
 }
 
 inline Dtype dtype_from_index(int index) {

@@ -9,9 +9,9 @@
 
 namespace bitpalette {
 
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2 }; // slowest first
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512vbmi = 3 }; // slowest first
 
-constexpr int isa_count = 3;
+constexpr int isa_count = 4;
 
 const char* isa_name(Isa isa);
 

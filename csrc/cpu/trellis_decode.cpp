@@ -1,5 +1,6 @@
 #include "trellis_decode.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -7,6 +8,12 @@
 #include "trellis_linear_unit.h"
 
 namespace bitpalette {
+namespace {
+
+// Below this many weights a thread, waking another thread (about 2 us) costs more than it saves.
+constexpr int64_t weights_per_thread = 64 << 10;
+
+} // namespace
 
 void trellis_check(const TrellisCode& code) {
     if (code.m < trellis_least_bits || code.m > trellis_most_bits)
@@ -16,23 +23,24 @@ void trellis_check(const TrellisCode& code) {
 }
 
 void trellis_decode(Isa isa, const TrellisWeight& w, const int64_t* index, int64_t n, float* y, int threads) {
-    const TrellisDecoder decoder = trellis_decoder(isa, w);
+    const TrellisLinearUnit unit = trellis_linear_unit(isa, w);
     if (index == nullptr && n != 0 && n != w.out) // an empty index may have no address
         throw std::invalid_argument("trellis: " + std::to_string(n) + " rows of " + std::to_string(w.out));
     for (int64_t i = 0; index != nullptr && i < n; ++i)
         if (index[i] < 0 || index[i] >= w.out)
             throw std::invalid_argument("trellis: row " + std::to_string(index[i]) + " of " + std::to_string(w.out));
     struct Call {
-        const TrellisDecoder& decoder;
+        TrellisDecode decode;
         const TrellisWeight& w;
         const int64_t* index;
         float* y;
-    } call{decoder, w, index, y};
+    } call{unit.decode, w, index, y};
     const auto body = [](void* context, int64_t begin, int64_t end) {
         const Call& c = *static_cast<const Call*>(context);
-        c.decoder.unit.decode(c.w, c.decoder.windows, c.index, begin, end, c.y, trellis_pieces_room(c.w));
+        c.decode(c.w, c.index, begin, end, c.y);
     };
-    parallel_for(n, trellis_threads(n * w.in, threads), body, &call);
+    const int64_t useful = n * w.in / weights_per_thread;
+    parallel_for(n, static_cast<int>(std::clamp<int64_t>(useful, 1, std::max(threads, 1))), body, &call);
 }
 
 } // namespace bitpalette

@@ -1,22 +1,58 @@
 #include "trellis_linear.h"
 
 #include <algorithm>
-#include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "parallel.h"
-#include "trellis_linear_unit.h"
+#include "half.h"
 
 namespace bitpalette {
 namespace {
 
-// Below this many weights a thread, waking another thread (about 2 us) costs more than it saves.
-constexpr int64_t weights_per_thread = 64 << 10;
+TrellisRowWindows windows_of(const TrellisCode& code) {
+    TrellisRowWindows windows{};
+    for (int r = 0; r < trellis_side; ++r) {
+        // a piece is read inside its tile: after the last tile there may be no memory
+        const int last = trellis_side - 1;
+        const int latest = code.bytes() - (r == last ? trellis_piece - 2 : trellis_piece);
+        const int begin = r == last ? latest : std::min(code.offset(trellis_side * r) / 8, latest);
+        windows.begin[r] = begin;
+        for (int j = 0; j < trellis_pairs; ++j) {
+            const int weight = trellis_side * r + 2 * j, bit = code.offset(weight);
+            windows.right[r][j] = static_cast<uint32_t>(bit % 8);
+            windows.left[r][j] = static_cast<uint32_t>(16 - bit % 8 - code.step(weight));
+            for (int b = 0; b < 4; ++b) {
+                // 7 + 5 + 16 bits are four bytes; what lies beyond the piece is beyond the windows as well
+                const int byte = bit / 8 + b - begin;
+                windows.pick[r][j][b] = static_cast<uint8_t>(byte < trellis_piece ? byte : 0x80);
+            }
+        }
+    }
+    return windows;
+}
 
-const TrellisLinearUnit& unit_of(Isa isa) {
+} // namespace
+
+const TrellisRowWindows& trellis_row_windows(const TrellisCode& code) {
+    // made once: 65 rates of 2 KiB
+    static const std::vector<TrellisRowWindows> all = [] {
+        std::vector<TrellisRowWindows> made;
+        for (int m = trellis_least_bits; m <= trellis_most_bits; ++m)
+            made.push_back(windows_of({m, 16}));
+        return made;
+    }();
+    return all[static_cast<size_t>(code.m - trellis_least_bits)];
+}
+
+TrellisLinearUnit trellis_linear_unit(Isa isa, const TrellisWeight& w) {
+    if (!isa_available(isa))
+        throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
+    if (w.out < 1 || w.in < 1)
+        throw std::invalid_argument("trellis: a weight [" + std::to_string(w.out) + ", " + std::to_string(w.in) + "]");
+    trellis_check(w.code);
 #if BITPALETTE_X86
+    if (isa == Isa::avx512vbmi)
+        return {trellis_multiply_avx512vbmi, trellis_linear_avx512.decode};
     if (isa == Isa::avx512)
         return trellis_linear_avx512;
     if (isa == Isa::avx2)
@@ -25,91 +61,41 @@ const TrellisLinearUnit& unit_of(Isa isa) {
     return trellis_linear_scalar;
 }
 
-TrellisTileWindows windows_of(const TrellisCode& code) {
-    TrellisTileWindows windows{};
-    for (int r = 0; r < trellis_side; ++r) {
-        TrellisRowWindows& row = windows.row[r];
-        // a piece is read inside its tile: after the last tile there may be no memory
-        const int latest = code.bytes() - (r == trellis_side - 1 ? trellis_piece - 2 : trellis_piece);
-        row.begin = r == trellis_side - 1 ? latest : std::min(code.offset(trellis_side * r) / 8, latest);
-        for (int c = 0; c < trellis_side; ++c) {
-            const int bit = code.offset(trellis_side * r + c);
-            row.shift[c] = static_cast<uint32_t>(bit % 8);
-            for (int b = 0; b < 4; ++b) {
-                const int byte = bit / 8 + b - static_cast<int>(row.begin);
-                // 7 + 16 bits are three bytes; what lies beyond the piece is beyond the window as well
-                row.pick[c][b] = static_cast<uint8_t>(b < 3 && byte < trellis_piece ? byte : 0x80);
+TrellisLinear::TrellisLinear(Isa isa, InputForm form, const uint8_t* codes, const uint16_t* scale, int64_t out,
+                             int64_t in, TrellisCode code)
+    : LinearWeight(out, in), weight_{codes, nullptr, out, in, code}, unit_(trellis_linear_unit(isa, weight_)),
+      form_(form) {
+    if (form == InputForm::int8_by_32)
+        throw std::invalid_argument("trellis: inputs are float32, int8 or int16 by 256 columns, not int8 by 32");
+    for (int64_t r = 0; r < out; ++r)
+        scale_.push_back(float_of_fp16(scale[r]));
+    weight_.scale = scale_.data();
+}
+
+void TrellisLinear::multiply(const Activations& x, float* y, int64_t y_row, int64_t begin, int64_t end) const {
+    thread_local TrellisInput input; // kept between calls: a decode step makes hundreds
+    input.set(x, form_);
+    const int planes = input.vectors_per_token();
+    for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = block * trellis_side;
+        const int rows = static_cast<int>(std::min<int64_t>(trellis_side, out - row));
+        for (int64_t first = 0; first < input.vectors(); first += trellis_most_vectors) {
+            const int n = static_cast<int>(std::min<int64_t>(trellis_most_vectors, input.vectors() - first));
+            alignas(64) float sums[trellis_most_vectors][trellis_side];
+            unit_.multiply(weight_, input.part(first, n), block, sums[0]);
+            for (int v = 0; v < n; v += planes) {
+                float* to = y + (first + v) / planes * y_row + row;
+                for (int r = 0; r < rows; ++r) {
+                    const float sum = planes == 1 ? sums[v][r] : sums[v][r] + sums[v + 1][r];
+                    to[r] = sum * (weight_.scale[row + r] * (1.0f / 128));
+                }
             }
         }
     }
-    return windows;
 }
 
-// Made once: 65 rates of 2 KiB, 0.1 ms, against 2 us a call.
-const TrellisTileWindows& windows_for(const TrellisCode& code) {
-    constexpr int rates = trellis_most_bits - trellis_least_bits + 1;
-    static const std::vector<TrellisTileWindows> all = [] {
-        std::vector<TrellisTileWindows> made;
-        for (int k = 0; k < rates; ++k)
-            made.push_back(windows_of({trellis_least_bits + k, 16}));
-        return made;
-    }();
-    return all[static_cast<size_t>(code.m - trellis_least_bits)];
-}
-
-// Aligned to a cache line; kept between calls.
-float* room_for_x(int64_t floats) {
-    constexpr size_t line = 64;
-    thread_local std::vector<float> room;
-    room.resize(static_cast<size_t>(floats) + line / sizeof(float));
-    void* at = room.data();
-    size_t bytes = room.size() * sizeof(float);
-    return static_cast<float*>(std::align(line, static_cast<size_t>(floats) * sizeof(float), at, bytes));
-}
-
-} // namespace
-
-TrellisDecoder trellis_decoder(Isa isa, const TrellisWeight& w) {
-    if (!isa_available(isa))
-        throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
-    if (w.out < 1 || w.in < 1)
-        throw std::invalid_argument("trellis: a weight [" + std::to_string(w.out) + ", " + std::to_string(w.in) + "]");
-    trellis_check(w.code);
-    return {unit_of(isa), windows_for(w.code)};
-}
-
-int trellis_threads(int64_t weights, int threads) {
-    return static_cast<int>(std::clamp<int64_t>(weights / weights_per_thread, 1, std::max(threads, 1)));
-}
-
-uint8_t* trellis_pieces_room(const TrellisWeight& w) {
-    thread_local std::vector<uint8_t> room;
-    room.resize(static_cast<size_t>(w.tiles() * trellis_piece));
-    return room.data();
-}
-
-void trellis_linear(Isa isa, const TrellisWeight& w, const float* x, int64_t tokens, float* y, int threads) {
-    const TrellisDecoder decoder = trellis_decoder(isa, w);
-    // x as it is read: from the start of a cache line, zeros where columns fill up the last tile, and an odd number of
-    // lines from token to token, since tokens a multiple of 4 KiB apart would compete for one set of the cache
-    const int64_t x_row = (w.tiles() | 1) * trellis_side;
-    float* packed = room_for_x(tokens * x_row);
-    for (int64_t t = 0; t < tokens; ++t)
-        std::fill(std::copy_n(x + t * w.in, w.in, packed + t * x_row), packed + (t + 1) * x_row, 0.0f);
-    struct Call {
-        const TrellisDecoder& decoder;
-        const TrellisWeight& w;
-        const float* x;
-        int64_t x_row, tokens;
-        float* y;
-    } call{decoder, w, packed, x_row, tokens, y};
-    const auto body = [](void* context, int64_t begin, int64_t end) {
-        const Call& c = *static_cast<const Call*>(context);
-        c.decoder.unit.linear(c.w, c.decoder.windows, c.x, c.x_row, c.tokens, c.y, begin, end,
-                              trellis_pieces_room(c.w));
-    };
-    const int64_t tile_rows = (w.out + trellis_side - 1) / trellis_side;
-    parallel_for(tile_rows, trellis_threads(w.out * w.in * std::max<int64_t>(tokens, 1), threads), body, &call);
+void TrellisLinear::decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const {
+    unit_.decode(weight_, index, begin, end, rows);
 }
 
 } // namespace bitpalette

@@ -1,26 +1,43 @@
 // y = x W^T with a weight of codec `trellis`, decoded in registers on the way, straight from the canonical layout.
 //
-// A vector is one row of a tile: 16 weights share the at most 98 bits from their row's first byte on, so 16 bytes of
-// the tile, given to all lanes, hold every window. A byte shuffle brings each lane the bytes of its own window, a shift
-// by 0 to 7 bits and a mask make it a state. For row r = 1 of m = 20:
+// All in integers: with bytes b of state * 0x83DCD12D, sum over columns of x * (sum of b - 510) needs no level as a
+// float. 32 windows of 16 bits are multiplied at a time; the low and the high halves of the products are
 //
-//     bit of the tile   16       24       32       40 ...       lane c starts at bit 20 + floor(20 c / 16):
-//     byte               2        3        4        5 ...       lane 0: bytes 2 3 4 >> 4, lane 1: bytes 2 3 4 >> 5,
-//                        [.... 16 bytes, loaded once ....       lane 3: bytes 2 3 4 >> 7, lane 4: bytes 3 4 5 >> 1
+//     low = state * 0xD12D mod 2^16        high = (state * 0xD12D >> 16) + state * 0x83DC mod 2^16
 //
-// The shuffle and the shifts belong to (m, r) and stay in registers for the whole row. Only row 15 reads across the
-// tile's cyclic end; its last 14 and first 2 bytes are joined beforehand.
+// and either all four bytes meet an int8 input (vpdpbusd twice), or their sum, 16 bits, meets int16 inputs, which is
+// cheaper from three tokens on and as good as exact. trellis_input.h has the inputs.
+//
+// Most instruction sets take a row of a tile at a time (trellis_linear_body.h), AVX-512 with VBMI takes eight
+// (trellis_linear_avx512vbmi.cpp).
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
-#include "isa.h"
-#include "trellis_decode.h"
+#include "linear.h"
+#include "trellis_linear_unit.h"
 
 namespace bitpalette {
 
-// y [tokens, out] = x [tokens, in] W^T, in float32, on up to `threads` threads, of which the result does not depend.
-// std::invalid_argument for sizes, rates or windows that do not exist, or a missing instruction set.
-void trellis_linear(Isa isa, const TrellisWeight& w, const float* x, int64_t tokens, float* y, int threads);
+class TrellisLinear final : public LinearWeight {
+  public:
+    // form: f32, int8_by_256 or int16_by_256. codes as in TrellisWeight; scale [out] fp16, copied.
+    // std::invalid_argument for sizes, rates, windows or forms that do not exist, or a missing instruction set.
+    TrellisLinear(Isa isa, InputForm form, const uint8_t* codes, const uint16_t* scale, int64_t out, int64_t in,
+                  TrellisCode code);
+
+    InputForm form() const override { return form_; }
+    // A byte a weight: decoding runs at about 20 G weights/s, which is what a thread reads in bytes.
+    int64_t bytes() const override { return out * in; }
+    void multiply(const Activations& x, float* y, int64_t y_row, int64_t begin, int64_t end) const override;
+    void decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const override;
+
+  private:
+    std::vector<float> scale_;
+    TrellisWeight weight_;
+    TrellisLinearUnit unit_;
+    InputForm form_;
+};
 
 } // namespace bitpalette

@@ -1,9 +1,19 @@
-// The body of trellis_linear_*.cpp, over the vocabulary `V` of an instruction set: a tile's row is V::parts registers.
+// The body of trellis_linear_*.cpp, over the vocabulary `V` of an instruction set: a register is V::rows rows of a tile.
 // Everything is in an unnamed namespace: a function shared by name between units would be linked once, with one unit's
 // instructions.
+//
+// The 16 windows of a row share the at most 98 bits from their row's first byte on, so 16 bytes of the tile, given to
+// every 128 bits of a register, hold all of them. A byte shuffle brings each 32-bit lane the bytes of two windows; two
+// shifts and a blend put them into its halves. For row r = 1 of m = 20:
+//
+//     bit of the tile   16       24       32       40 ...       column c starts at bit 20 + floor(20 c / 16):
+//     byte               2        3        4        5 ...       lane 0: bytes 2 3 4 5, low half >> 4, high half << 11
+//                        [.... 16 bytes, loaded once ....       lane 1: bytes 2 3 4 5, low half >> 6, high half << 9
+//
+// Shuffle and shifts belong to (m, r) and stay in registers for the whole row. Only row 15 reads across the tile's
+// cyclic end; its last 14 and first 2 bytes are joined beforehand.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "trellis_linear_unit.h"
@@ -11,19 +21,23 @@
 namespace bitpalette {
 namespace {
 
+constexpr int64_t cached_bytes = 24 << 10; // codes and inputs that 16 rows read again: of a cache of 32 KiB or more
+constexpr int64_t most_tiles = cached_bytes / (2 * trellis_least_bits + trellis_side * 2) / 16 * 16;
+
 // The pieces of one row of W, tile by tile.
 struct Pieces {
     const uint8_t* first;
     int64_t stride;
 };
 
-// Of tiles first..first+tiles-1. The last row of a tile needs the tile's last m / 8 bytes and its first two after them.
-Pieces pieces_of(const TrellisWeight& w, const TrellisRowWindows& at, int64_t row, int64_t first, int64_t tiles,
+// Of tiles first..first+tiles-1. The last row of a tile needs the tile's last m / 8 bytes and its first two after them;
+// joined: room for 16 bytes a tile.
+Pieces pieces_of(const TrellisWeight& w, const TrellisRowWindows& windows, int64_t row, int64_t first, int64_t tiles,
                  uint8_t* joined) {
-    const int64_t bytes = w.code.bytes();
+    const int64_t bytes = w.code.bytes(), r = row % trellis_side;
     const uint8_t* tile = w.codes + (row / trellis_side * w.tiles() + first) * bytes;
-    if (row % trellis_side != trellis_side - 1)
-        return {tile + at.begin, bytes};
+    if (r != trellis_side - 1)
+        return {tile + windows.begin[r], bytes};
     constexpr int head = 2, tail = trellis_piece - head;
     for (int64_t c = 0; c < tiles; ++c, tile += bytes) {
         std::memcpy(joined + c * trellis_piece, tile + bytes - tail, tail);
@@ -32,120 +46,152 @@ Pieces pieces_of(const TrellisWeight& w, const TrellisRowWindows& at, int64_t ro
     return {joined, trellis_piece};
 }
 
-// The 16 levels of a row of a tile, as floats: exact integers.
+// Halves of state * 0x83DCD12D, 16 bits a lane.
 template <class V>
-struct Levels {
-    typename V::Ints pick[V::parts], shift[V::parts], mask;
+struct Products {
+    typename V::Ints low, high;
+};
 
-    Levels(const TrellisRowWindows& row, int window) : mask(V::integer((1u << window) - 1)) {
-        for (int p = 0; p < V::parts; ++p) {
-            pick[p] = V::load_ints(row.pick[p * V::lanes]);
-            shift[p] = V::load_ints(row.shift + p * V::lanes);
-        }
-    }
+// How a row, or V::rows of them, becomes products.
+template <class V, bool masked>
+struct Decoder {
+    typename V::Ints pick, right, left, mask, low_factor, high_factor;
 
-    typename V::Floats operator()(const uint8_t* piece, int part) const {
-        const auto windows = V::shift_right(V::bytes(piece, pick[part]), shift[part]);
-        return V::level(V::times(V::both(windows, mask), V::integer(0x83DCD12Du)));
+    Decoder(typename V::Ints pick, typename V::Ints right, typename V::Ints left, int window)
+        : pick(pick), right(right), left(left), mask(V::shorts(static_cast<uint16_t>((1 << window) - 1))),
+          low_factor(V::shorts(0xD12D)), high_factor(V::shorts(0x83DC)) {}
+
+    Products<V> operator()(const uint8_t* const* pieces) const {
+        const auto four = V::bytes(pieces, pick);
+        auto state = V::odd_halves(V::shift_right(four, right), V::shift_left(four, left));
+        if (masked)
+            state = V::both(state, mask);
+        return {V::times(state, low_factor),
+                V::add_shorts(V::times_high(state, low_factor), V::times(state, high_factor))};
     }
 };
 
-// sums [T, V::lanes] += the levels of a row in `tiles` tiles, times x [T, ...] with `x_row` floats a token.
-template <class V, int T>
-void add_products(const Levels<V>& levels, Pieces pieces, int64_t tiles, const float* x, int64_t x_row, float* sums) {
-    // independent sums a token: a multiply-add takes four cycles, as many as decoding a register for the next one
-    constexpr int chains = T > V::most_chained ? 1 : 2;
-    constexpr int step = V::parts < chains ? chains / V::parts : 1; // tiles at a time
-    typename V::Floats sum[chains][T];
-    for (int k = 0; k < chains; ++k)
-        for (int t = 0; t < T; ++t)
-            sum[k][t] = k == 0 ? V::load(sums + t * V::lanes) : V::zero();
-    const auto add = [&](int64_t c, int s) {
-        for (int p = 0; p < V::parts; ++p) {
-            const auto level = levels(pieces.first + c * pieces.stride, p);
-            const float* at = x + c * trellis_side + p * V::lanes;
-            for (int t = 0; t < T; ++t) {
-                auto& into = sum[(s * V::parts + p) % chains][t];
-                into = V::multiply_add(level, V::load(at + t * x_row), into);
+template <class V>
+typename V::Ints levels(const Products<V>& p) {
+    return V::add_shorts(V::byte_pairs(p.low), V::byte_pairs(p.high));
+}
+
+// sums [T, V::lanes] += products of V::rows rows, with tiles a multiple of 16 but in the weight's last call.
+template <class V, int T, bool masked, bool twice>
+void add_products(const Decoder<V, masked>& decoder, const Pieces* rows, int64_t tiles, const TrellisVectors& x,
+                  int64_t block, float* sums) {
+    const uint8_t* piece[V::rows];
+    for (int i = 0; i < V::rows; ++i)
+        piece[i] = rows[i].first;
+    for (; tiles > 0; tiles -= trellis_block_tiles, ++block) {
+        typename V::Ints sum[T];
+        [[maybe_unused]] typename V::Ints more[T]; // bytes go to two sums: an addition waits five cycles for the last
+        const int16_t* values = x.values + block * trellis_block;
+        [[maybe_unused]] const int8_t* pairs = twice ? x.twice + block * trellis_block * 2 : nullptr;
+        for (int t = 0; t < T; ++t) {
+            sum[t] = V::load_pairs(x.offset + (t * x.blocks + block) * trellis_pairs);
+            if constexpr (twice)
+                more[t] = V::zero();
+        }
+        const int n = static_cast<int>(tiles < trellis_block_tiles ? tiles : trellis_block_tiles);
+        for (int c = 0; c < n; ++c) {
+            const Products<V> p = decoder(piece);
+            for (int i = 0; i < V::rows; ++i)
+                piece[i] += rows[i].stride;
+            if constexpr (twice) {
+                for (int t = 0; t < T; ++t) {
+                    const auto a = V::load_row(pairs + t * x.row * 2 + c * trellis_side * 2);
+                    sum[t] = V::add_byte_products(sum[t], p.low, a);
+                    more[t] = V::add_byte_products(more[t], p.high, a);
+                }
+            } else {
+                const auto level = levels<V>(p);
+                for (int t = 0; t < T; ++t)
+                    sum[t] = V::add_products(sum[t], level, V::load_row(values + t * x.row + c * trellis_side));
             }
         }
-    };
-    int64_t c = 0;
-    for (; c + step <= tiles; c += step)
-        for (int s = 0; s < step; ++s)
-            add(c + s, s);
-    for (; c < tiles; ++c)
-        add(c, 0);
-    for (int t = 0; t < T; ++t)
-        V::store(sums + t * V::lanes, chains == 1 ? sum[0][t] : V::add(sum[0][t], sum[chains - 1][t]));
-}
-
-constexpr int64_t cached_tiles = 256; // over all tokens: 16 KiB of x, of a first-level cache of 32 or more
-
-// T tokens of x [T, x_row] to y [T, out], outputs of one row of tiles. Columns are taken in blocks whose x stays in the
-// first-level cache for 16 rows.
-template <class V, int T>
-void linear_tiles(const TrellisWeight& w, const TrellisTileWindows& windows, const float* x, int64_t x_row, float* y,
-                  int64_t tile_row, uint8_t* joined) {
-    constexpr int64_t block = cached_tiles / T;
-    const int64_t tiles = w.tiles(), row = tile_row * trellis_side;
-    const int n = static_cast<int>(std::min<int64_t>(trellis_side, w.out - row));
-    alignas(64) float sums[trellis_side][T * V::lanes] = {};
-    for (int64_t first = 0; first < tiles; first += block) {
-        const int64_t some = std::min(block, tiles - first);
-        for (int r = 0; r < n; ++r) {
-            const Pieces pieces = pieces_of(w, windows.row[r], row + r, first, some, joined);
-            const Levels<V> levels(windows.row[r], w.code.window);
-            add_products<V, T>(levels, pieces, some, x + first * trellis_side, x_row, sums[r]);
+        for (int t = 0; t < T; ++t) {
+            if constexpr (twice)
+                sum[t] = V::add(sum[t], more[t]);
+            float* to = sums + t * V::lanes;
+            V::store(to, V::multiply_add(V::to_floats(sum[t]), V::all(x.scale[t * x.blocks + block]), V::load(to)));
         }
     }
-    for (int r = 0; r < n; ++r)
-        for (int t = 0; t < T; ++t)
-            y[t * w.out + row + r] = V::total(V::load(sums[r] + t * V::lanes)) * (w.scale[row + r] * (1.0f / 128));
 }
 
-template <class V>
-using LinearTiles = void (*)(const TrellisWeight& w, const TrellisTileWindows& windows, const float* x, int64_t x_row,
-                             float* y, int64_t tile_row, uint8_t* joined);
-
-constexpr int64_t most_tokens = 8; // more accumulators than that leave no registers to decode in
-
-template <class V>
-constexpr LinearTiles<V> linear_tiles_of[most_tokens] = {linear_tiles<V, 1>, linear_tiles<V, 2>, linear_tiles<V, 3>,
-                                                         linear_tiles<V, 4>, linear_tiles<V, 5>, linear_tiles<V, 6>,
-                                                         linear_tiles<V, 7>, linear_tiles<V, 8>};
-
-template <class V>
-void linear(const TrellisWeight& w, const TrellisTileWindows& windows, const float* x, int64_t x_row, int64_t tokens,
-            float* y, int64_t begin, int64_t end, uint8_t* joined) {
-    for (int64_t tile_row = begin; tile_row < end; ++tile_row)
-        for (int64_t t = 0; t < tokens; t += most_tokens) {
-            const LinearTiles<V> tiles = linear_tiles_of<V>[std::min(tokens - t, most_tokens) - 1];
-            tiles(w, windows, x + t * x_row, x_row, y + t * w.out, tile_row, joined);
+// A row of tiles for T vectors. Columns are taken in blocks that stay in the first-level cache for 16 rows.
+template <class V, int T, bool masked, bool twice>
+void multiply_tiles(const TrellisWeight& w, const TrellisVectors& x, int64_t tile_row, float* out) {
+    const TrellisRowWindows& windows = trellis_row_windows(w.code);
+    constexpr int groups = trellis_side / V::rows;
+    alignas(64) float sums[groups][T * V::lanes] = {};
+    uint8_t joined[most_tiles * trellis_piece];
+    const int64_t some = cached_bytes / (w.code.bytes() + 2 * trellis_side * T) / 16 * 16;
+    for (int64_t first = 0; first < w.tiles(); first += some) {
+        const int64_t tiles = some < w.tiles() - first ? some : w.tiles() - first;
+        for (int g = 0; g < groups; ++g) {
+            const int r = g * V::rows;
+            Pieces rows[V::rows];
+            for (int i = 0; i < V::rows; ++i)
+                rows[i] = pieces_of(w, windows, tile_row * trellis_side + r + i, first, tiles, joined);
+            const Decoder<V, masked> decoder(V::load_aligned(windows.pick[r]), V::load_aligned(windows.right[r]),
+                                             V::load_aligned(windows.left[r]), w.code.window);
+            add_products<V, T, masked, twice>(decoder, rows, tiles, x, first / trellis_block_tiles, sums[g]);
         }
+    }
+    for (int g = 0; g < groups; ++g)
+        for (int t = 0; t < T; ++t)
+            V::row_totals(V::load(sums[g] + t * V::lanes), out + t * trellis_side + g * V::rows);
+}
+
+template <class V, int T>
+void multiply_vectors(const TrellisWeight& w, const TrellisVectors& x, int64_t tile_row, float* sums) {
+    const bool masked = w.code.window < 16;
+    if constexpr (V::byte_products && T <= 2)
+        if (x.twice != nullptr)
+            return masked ? multiply_tiles<V, T, true, true>(w, x, tile_row, sums)
+                          : multiply_tiles<V, T, false, true>(w, x, tile_row, sums);
+    masked ? multiply_tiles<V, T, true, false>(w, x, tile_row, sums)
+           : multiply_tiles<V, T, false, false>(w, x, tile_row, sums);
 }
 
 template <class V>
-void decode(const TrellisWeight& w, const TrellisTileWindows& windows, const int64_t* index, int64_t begin, int64_t end,
-            float* y, uint8_t* joined) {
-    const int64_t whole = w.in / trellis_side, rest = w.in % trellis_side;
+void multiply(const TrellisWeight& w, const TrellisVectors& x, int64_t tile_row, float* sums) {
+    constexpr TrellisMultiply of[trellis_most_vectors] = {
+        multiply_vectors<V, 1>, multiply_vectors<V, 2>, multiply_vectors<V, 3>, multiply_vectors<V, 4>,
+        multiply_vectors<V, 5>, multiply_vectors<V, 6>, multiply_vectors<V, 7>, multiply_vectors<V, 8>};
+    of[x.n - 1](w, x, tile_row, sums);
+}
+
+// V::rows tiles of one row at a time.
+template <class V>
+void decode(const TrellisWeight& w, const int64_t* index, int64_t begin, int64_t end, float* y) {
+    const TrellisRowWindows& windows = trellis_row_windows(w.code);
+    uint8_t joined[most_tiles * trellis_piece];
     for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = index == nullptr ? i : index[i];
-        const TrellisRowWindows& at = windows.row[row % trellis_side];
-        const Pieces pieces = pieces_of(w, at, row, 0, w.tiles(), joined);
-        const Levels<V> levels(at, w.code.window);
-        const auto scale = V::all(w.scale[row] * (1.0f / 128));
-        float* to = y + i * w.in;
-        const auto tile = [&](int64_t c, float* values) {
-            for (int p = 0; p < V::parts; ++p)
-                V::store(values + p * V::lanes, V::multiply(levels(pieces.first + c * pieces.stride, p), scale));
-        };
-        for (int64_t c = 0; c < whole; ++c)
-            tile(c, to + c * trellis_side);
-        if (rest > 0) {
-            float values[trellis_side];
-            tile(whole, values);
-            std::copy(values, values + rest, to + whole * trellis_side);
+        const int64_t row = index == nullptr ? i : index[i], r = row % trellis_side;
+        const Decoder<V, true> decoder(V::load_row(windows.pick[r]), V::load_row(windows.right[r]),
+                                       V::load_row(windows.left[r]), w.code.window);
+        const float scale = w.scale[row] * (1.0f / 128);
+        for (int64_t first = 0; first < w.tiles(); first += most_tiles) {
+            const int64_t tiles = most_tiles < w.tiles() - first ? most_tiles : w.tiles() - first;
+            const Pieces pieces = pieces_of(w, windows, row, first, tiles, joined);
+            for (int64_t c = 0; c < tiles; c += V::rows) {
+                const uint8_t* piece[V::rows];
+                for (int k = 0; k < V::rows; ++k) // the last tile again where their number is odd
+                    piece[k] = pieces.first + (c + k < tiles ? c + k : tiles - 1) * pieces.stride;
+                const auto level = levels<V>(decoder(piece));
+                const int64_t column = (first + c) * trellis_side, left = w.in - column;
+                float* to = y + i * w.in + column;
+                constexpr int values = V::rows * trellis_side;
+                if (left >= values) {
+                    V::store_weights(level, scale, to);
+                } else {
+                    float rest[values];
+                    V::store_weights(level, scale, rest);
+                    std::memcpy(to, rest, static_cast<size_t>(left) * sizeof(float));
+                }
+            }
         }
     }
 }

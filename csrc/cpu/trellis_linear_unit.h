@@ -1,51 +1,42 @@
 // What each instruction set's translation unit of trellis_linear provides, and what it is given.
 #pragma once
 
-#include "trellis_linear.h"
+#include "trellis_decode.h"
+#include "trellis_input.h"
 
 namespace bitpalette {
 
 constexpr int trellis_piece = 16; // bytes that hold all windows of a tile's row
 
-// Where the 16 windows of a tile's row r are, for one m.
+// Where the windows of a tile's rows are, for one m. Columns 2 j and 2 j + 1 are at most 5 bits apart, so four bytes
+// from the first one's first byte on hold both windows.
 struct alignas(64) TrellisRowWindows {
-    uint8_t pick[trellis_side][4]; // per column: bytes of the piece, lowest first; 0x80 where a zero belongs
-    uint32_t shift[trellis_side];  // per column: from the lowest picked bit to the window's first
-    int64_t begin;                 // of the piece, in bytes from the tile's first; the last row's piece wraps
+    uint8_t pick[trellis_side][trellis_pairs][4]; // of the piece, lowest first; 0x80 where a zero belongs
+    uint32_t right[trellis_side][trellis_pairs];  // brings the first window to bit 0
+    uint32_t left[trellis_side][trellis_pairs];   // brings the second window to bit 16
+    int64_t begin[trellis_side];                  // of the piece, in bytes from the tile's first; the last one's wraps
 };
 
-struct TrellisTileWindows {
-    TrellisRowWindows row[trellis_side];
-};
+const TrellisRowWindows& trellis_row_windows(const TrellisCode& code);
+
+// sums [x.n, 16] = x W'^T for the 16 rows W' of a row of tiles, in units of scale / 128
+using TrellisMultiply = void (*)(const TrellisWeight& w, const TrellisVectors& x, int64_t tile_row, float* sums);
+// rows index[begin..end-1] (null: begin..end-1 themselves) of W to y + i * in
+using TrellisDecode = void (*)(const TrellisWeight& w, const int64_t* index, int64_t begin, int64_t end, float* y);
 
 struct TrellisLinearUnit {
-    // y [tokens, out], the outputs of rows of tiles begin..end-1 only; x [tokens, x_row], zero from `in` to 16 * tiles;
-    // pieces: room for 16 bytes a tile
-    void (*linear)(const TrellisWeight& w, const TrellisTileWindows& windows, const float* x, int64_t x_row,
-                   int64_t tokens, float* y, int64_t begin, int64_t end, uint8_t* pieces);
-    // rows index[begin..end-1] (null: begin..end-1 themselves) of W to y + i * in
-    void (*decode)(const TrellisWeight& w, const TrellisTileWindows& windows, const int64_t* index, int64_t begin,
-                   int64_t end, float* y, uint8_t* pieces);
+    TrellisMultiply multiply;
+    TrellisDecode decode;
 };
 
-// What a call runs with. std::invalid_argument for sizes, rates or windows that do not exist, or a missing instruction
-// set.
-struct TrellisDecoder {
-    const TrellisLinearUnit& unit;
-    const TrellisTileWindows& windows;
-};
-TrellisDecoder trellis_decoder(Isa isa, const TrellisWeight& w);
-
-// As many of `threads` as are worth waking for decoding so many weights.
-int trellis_threads(int64_t weights, int threads);
-
-// 16 bytes for each tile of a row of tiles: one room a thread, kept between calls.
-uint8_t* trellis_pieces_room(const TrellisWeight& w);
+// std::invalid_argument for sizes, rates or windows that do not exist, or a missing instruction set.
+TrellisLinearUnit trellis_linear_unit(Isa isa, const TrellisWeight& w);
 
 extern const TrellisLinearUnit trellis_linear_scalar;
 #if BITPALETTE_X86
 extern const TrellisLinearUnit trellis_linear_avx2;
 extern const TrellisLinearUnit trellis_linear_avx512;
+extern const TrellisMultiply trellis_multiply_avx512vbmi;
 #endif
 
 } // namespace bitpalette
