@@ -29,7 +29,8 @@ void bind_trellis(py::module_& m) {
                                                    at<const uint8_t>(codes), at<const uint16_t>(scale), out, in,
                                                    TrellisCode{row_bits, window});
         },
-        "A LinearWeight over codes by address; scales, fp16, are copied. form: of inputs, as in csrc/cpu/activations.h.",
+        "A LinearWeight over codes by address; scales, fp16, are copied. form: of inputs, as in "
+        "csrc/cpu/activations.h.",
         py::arg("isa"), py::arg("form"), py::arg("codes"), py::arg("scale"), py::arg("out"), py::arg("in_features"),
         py::arg("m"), py::arg("window"));
 }

@@ -8,8 +8,8 @@
 //     lane 1            [ 2      ][ 3      ][ 4      ][ 5      ][ 6      ][ 7      ][ 8      ][ 9      ]
 //     columns 0..3          20 21 22 23 (from 4, 5, 6, 7 of the lane), columns 4..7 from 9, 10, 11, 12, ...
 //
-// Eight bytes hold a row's windows up to m = 44 or so; above that they are fetched for columns 0..7 and again for 8..15.
-// The two bytes after the tile's end are its first two.
+// Eight bytes hold a row's windows up to m = 44 or so; above that they are fetched for columns 0..7 and again
+// for 8..15. The two bytes after the tile's end are its first two.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // gcc 12's own avx512fintrin.h, hundreds of lines of it
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -34,6 +34,15 @@ enum class Fetch {
     twice, // the same for columns 0..7 and for 8..15
     quads, // m > 64: eight rows' bytes do not fit a register, four rows' do
 };
+
+template <Fetch fetch>
+constexpr int most_bytes = fetch == Fetch::tile    ? 64
+                           : fetch == Fetch::quads ? 160
+                                                   : 128; // of a tile
+
+// Bytes that are asked for while a tile is decoded: from memory, on a Sapphire Rapids core at 2 and 4 bits, 21.5
+// and 14.2 G weights/s; without asking 15.8 and 9.9, 2 KiB ahead 20.3 and 13.9, 8 KiB ahead 20.3.
+constexpr int ahead = 4096;
 
 struct alignas(register_bytes) FetchTable {
     uint8_t windows[groups][register_bytes]; // first bit of each byte of the windows of columns 4 g .. 4 g + 3
@@ -168,6 +177,8 @@ void multiply_tiles(const TrellisWeight& w, const TrellisVectors& x, int64_t til
         const int8_t* twice = bytes_twice ? x.twice + block * trellis_block * 2 : nullptr;
         const int64_t end = first + trellis_block_tiles < tiles ? first + trellis_block_tiles : tiles;
         for (int64_t c = first; c < end; ++c, values += trellis_side) {
+            for (int line = 0; line < most_bytes<fetch>; line += register_bytes)
+                _mm_prefetch(reinterpret_cast<const char*>(tile) + ahead + line, _MM_HINT_T0);
             const Sources<fetch> sources(c == tiles - 1 ? last : tile, m, table, bytes);
             tile += tile_bytes;
             for (int g = 0; g < groups; ++g)
@@ -177,8 +188,8 @@ void multiply_tiles(const TrellisWeight& w, const TrellisVectors& x, int64_t til
                     if constexpr (masked)
                         state = _mm512_and_si512(state, mask);
                     const __m512i low = _mm512_mullo_epi16(state, low_factor);
-                    const __m512i high = _mm512_add_epi16(_mm512_mulhi_epu16(state, low_factor),
-                                                          _mm512_mullo_epi16(state, high_factor));
+                    const __m512i high =
+                        _mm512_add_epi16(_mm512_mulhi_epu16(state, low_factor), _mm512_mullo_epi16(state, high_factor));
                     if constexpr (bytes_twice) {
                         for (int t = 0; t < T; ++t) {
                             const __m512i a = for_all_rows(twice + t * x.row * 2 + g * 8);
@@ -189,8 +200,8 @@ void multiply_tiles(const TrellisWeight& w, const TrellisVectors& x, int64_t til
                         const __m512i level =
                             _mm512_add_epi16(_mm512_maddubs_epi16(low, ones), _mm512_maddubs_epi16(high, ones));
                         for (int t = 0; t < T; ++t)
-                            sum[t][half][0] = _mm512_dpwssd_epi32(sum[t][half][0], level,
-                                                                  for_all_rows(values + t * x.row + g * 4));
+                            sum[t][half][0] =
+                                _mm512_dpwssd_epi32(sum[t][half][0], level, for_all_rows(values + t * x.row + g * 4));
                     }
                 }
             if constexpr (bytes_twice)
@@ -201,16 +212,15 @@ void multiply_tiles(const TrellisWeight& w, const TrellisVectors& x, int64_t til
                 __m512i all = sum[t][half][0];
                 if constexpr (chains == 2)
                     all = _mm512_add_epi32(all, sum[t][half][1]);
-                total[t][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all),
-                                                 _mm512_set1_ps(x.scale[t * x.blocks + block]), total[t][half]);
+                total[t][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(x.scale[t * x.blocks + block]),
+                                                 total[t][half]);
             }
     }
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     for (int t = 0; t < T; ++t)
-        _mm512_storeu_ps(out + t * trellis_side,
-                         _mm512_add_ps(_mm512_permutex2var_ps(total[t][0], even, total[t][1]),
-                                       _mm512_permutex2var_ps(total[t][0], odd, total[t][1])));
+        _mm512_storeu_ps(out + t * trellis_side, _mm512_add_ps(_mm512_permutex2var_ps(total[t][0], even, total[t][1]),
+                                                               _mm512_permutex2var_ps(total[t][0], odd, total[t][1])));
 }
 
 template <Fetch fetch, int T>

@@ -1,6 +1,6 @@
-// The body of trellis_linear_*.cpp, over the vocabulary `V` of an instruction set: a register is V::rows rows of a tile.
-// Everything is in an unnamed namespace: a function shared by name between units would be linked once, with one unit's
-// instructions.
+// The body of trellis_linear_*.cpp, over the vocabulary `V` of an instruction set: a register is V::rows rows of a
+// tile. Everything is in an unnamed namespace: a function shared by name between units would be linked once, with one
+// unit's instructions.
 //
 // The 16 windows of a row share the at most 98 bits from their row's first byte on, so 16 bytes of the tile, given to
 // every 128 bits of a register, hold all of them. A byte shuffle brings each 32-bit lane the bytes of two windows; two
