@@ -18,9 +18,9 @@ using Weights = std::vector<std::shared_ptr<LinearWeight>>;
 
 // W float32 [out, in] as it is, in portable code, by any form of the input: what the interface means, for its tests and
 // for measuring what a call costs beyond its arithmetic.
-class DenseWeight final : public LinearWeight {
+class ReferenceWeight final : public LinearWeight {
   public:
-    DenseWeight(const float* w, int64_t out, int64_t in, InputForm form) : LinearWeight(out, in), w_(w), form_(form) {}
+    ReferenceWeight(const float* w, int64_t out, int64_t in, InputForm form) : LinearWeight(out, in), w_(w), form_(form) {}
 
     InputForm form() const override { return form_; }
     int64_t bytes() const override { return out * in * static_cast<int64_t>(sizeof(float)); }
@@ -177,11 +177,11 @@ void bind_linear(py::module_& m) {
             const py::gil_scoped_release unlocked;
             linear_rows(w, at<const int64_t>(index), n, at<float>(rows), threads);
         });
-    py::class_<DenseWeight, LinearWeight, std::shared_ptr<DenseWeight>>(m, "DenseWeight")
+    py::class_<ReferenceWeight, LinearWeight, std::shared_ptr<ReferenceWeight>>(m, "ReferenceWeight")
         .def(py::init([](uintptr_t w, int64_t out, int64_t in, int form) {
                  if (form < 0 || form > 3)
                      throw std::invalid_argument("no form " + std::to_string(form));
-                 return std::make_shared<DenseWeight>(at<const float>(w), out, in, static_cast<InputForm>(form));
+                 return std::make_shared<ReferenceWeight>(at<const float>(w), out, in, static_cast<InputForm>(form));
              }),
              py::arg("w"), py::arg("out"), py::arg("in_features"), py::arg("form"));
     py::class_<LinearCall>(m, "LinearCall",

@@ -46,7 +46,6 @@ Decoder::Decoder(Isa isa, std::shared_ptr<const DecoderModel> model, Dtype cache
     up_.resize(size(most_tokens * wide));
     cosine_.resize(size(most_tokens * s.head_dim / 2));
     sine_.resize(cosine_.size());
-    room_.resize(size(s.hidden));
 }
 
 void Decoder::step(const int64_t* tokens, int64_t n, int64_t first, float* logits, int64_t kept, int threads) {
@@ -55,8 +54,7 @@ void Decoder::step(const int64_t* tokens, int64_t n, int64_t first, float* logit
         throw std::invalid_argument("decoder: it has no embedding; step_rows takes rows");
     linear_rows(*model_->embedding, tokens, n, stream_.data(), 1);
     if (model_->embedding_transform != nullptr)
-        for (int64_t t = 0; t < n; ++t)
-            model_->embedding_transform->apply(stream_.data() + t * model_->sizes.hidden, room_.data());
+        model_->embedding_transform->apply_rows(stream_.data(), stream_.data(), n, threads);
     run(n, first, logits, kept, threads);
 }
 
@@ -114,8 +112,7 @@ void Decoder::run(int64_t n, int64_t first, float* logits, int64_t kept, int thr
     float* last = stream_.data() + (n - kept) * hidden;
     const auto rotate = [&](float* x) {
         if (m.norm_rotation != nullptr)
-            for (int64_t t = 0; t < kept; ++t)
-                m.norm_rotation->apply(x + t * hidden, room_.data());
+            m.norm_rotation->apply_rows(x, x, kept, threads);
     };
     rotate(last);
     norm(m.norm, last, kept);

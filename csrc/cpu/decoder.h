@@ -56,7 +56,7 @@ class Decoder {
     int64_t length_ = 0;
     Activations input_;
     // [tokens, ...] of one step
-    std::vector<float> stream_, normed_, q_, k_, v_, heads_, sums_, softmax_, gate_, up_, cosine_, sine_, room_;
+    std::vector<float> stream_, normed_, q_, k_, v_, heads_, sums_, softmax_, gate_, up_, cosine_, sine_;
 };
 
 } // namespace bitpalette

@@ -54,7 +54,7 @@ class DenseKernel(NativeLinear):
         return QuantizedTensor(packed.scheme, packed.shape, fields)
 
     def make_native(self, packed: Packed) -> Any:
-        return cpu_module().DenseWeight(packed.tensors["dense"].data_ptr(), *packed.shape, self.form)
+        return cpu_module().ReferenceWeight(packed.tensors["dense"].data_ptr(), *packed.shape, self.form)
 
 
 @pytest.fixture(params=[None, *available_isas()[:-1]])
