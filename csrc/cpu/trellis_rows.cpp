@@ -13,8 +13,8 @@ namespace {
 constexpr size_t huge_page = size_t{2} << 20;
 constexpr size_t cone_room = 15; // TrellisCone
 
-// Measured for tiles in pairs, at 2 MiB of second-level cache. Fewer rows take less of it, but the cone, whose lines
-// come from where the rows are, doubles with each bit of a step: it pays up to 64 states, 256 at 14 and 16 bits.
+// Measured with tiles in pairs and 2 MiB of second-level cache. Fewer rows take less of it, but the cone, whose costs each
+// come from a cache line of their own, doubles with every bit: beyond some 200 states it costs more than it saves.
 int rows_apart(const TrellisCode& code) {
     const int m = code.m;
     if (code.window == 12)
