@@ -13,8 +13,8 @@ namespace {
 constexpr size_t huge_page = size_t{2} << 20;
 constexpr size_t cone_room = 15; // TrellisCone
 
-// Measured with tiles in pairs and 2 MiB of second-level cache. Fewer rows take less of it, but the cone, whose costs each
-// come from a cache line of their own, doubles with every bit: beyond some 200 states it costs more than it saves.
+// Measured with tiles in pairs and 2 MiB of second-level cache. Fewer rows take less of it, but the cone, whose costs
+// each come from a cache line of their own, doubles with every bit: beyond some 200 states it costs more than it saves.
 int rows_apart(const TrellisCode& code) {
     const int m = code.m;
     if (code.window == 12)
