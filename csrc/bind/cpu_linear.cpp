@@ -20,7 +20,8 @@ using Weights = std::vector<std::shared_ptr<LinearWeight>>;
 // for measuring what a call costs beyond its arithmetic.
 class ReferenceWeight final : public LinearWeight {
   public:
-    ReferenceWeight(const float* w, int64_t out, int64_t in, InputForm form) : LinearWeight(out, in), w_(w), form_(form) {}
+    ReferenceWeight(const float* w, int64_t out, int64_t in, InputForm form)
+        : LinearWeight(out, in), w_(w), form_(form) {}
 
     InputForm form() const override { return form_; }
     int64_t bytes() const override { return out * in * static_cast<int64_t>(sizeof(float)); }

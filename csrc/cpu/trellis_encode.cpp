@@ -17,8 +17,10 @@ constexpr int block = 64; // tiles among which those that need a second pass are
 
 const TrellisStepUnit& unit_of(Isa isa) {
 #if BITPALETTE_X86
+    if (isa == Isa::avx512vbmi)
+        return trellis_step_avx512vbmi;
     if (isa == Isa::avx512)
-        return __builtin_cpu_supports("avx512vbmi") ? trellis_step_avx512vbmi : trellis_step_avx512;
+        return trellis_step_avx512;
     if (isa == Isa::avx2)
         return trellis_step_avx2;
 #endif

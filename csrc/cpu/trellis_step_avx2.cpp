@@ -146,7 +146,7 @@ constexpr TrellisStepUnit make_unit() {
 
 } // namespace
 
-const TrellisStepUnit trellis_step_avx2 = make_unit();
+constexpr TrellisStepUnit trellis_step_avx2 = make_unit();
 
 } // namespace bitpalette
 #endif

@@ -162,8 +162,8 @@ constexpr TrellisStepUnit make_unit() {
 
 } // namespace
 
-const TrellisStepUnit trellis_step_avx512 = make_unit<false>();
-const TrellisStepUnit trellis_step_avx512vbmi = make_unit<true>();
+constexpr TrellisStepUnit trellis_step_avx512 = make_unit<false>();
+constexpr TrellisStepUnit trellis_step_avx512vbmi = make_unit<true>();
 
 } // namespace bitpalette
 #endif

@@ -53,6 +53,6 @@ constexpr TrellisStepUnit make_unit() {
 
 } // namespace
 
-const TrellisStepUnit trellis_step_scalar = make_unit();
+constexpr TrellisStepUnit trellis_step_scalar = make_unit();
 
 } // namespace bitpalette
