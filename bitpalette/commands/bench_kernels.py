@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Many = list[str] | None
 
+DASHES = ("--", "-", "-.", ":")
+"""Of torch's linear layers in the picture."""
+
 
 def kernels(
     shape: Annotated[Many, typer.Option(help="OUTxIN; may be repeated.", show_default="4096x4096")] = None,
@@ -202,7 +205,7 @@ def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     measured = dict.fromkeys((r.layer, r.out_features, r.in_features, r.tokens, r.threads) for r in rows)
     for key in measured:
         layer, out, n, tokens, threads = key
@@ -214,14 +217,15 @@ def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
         speeds = ("x fp32", "x bf16", "x int4", "x int8")
         for column in ("bits", "rounds", "median us", "p20", "p80", "Gw/s", "GB/s", "of read", *speeds, "error"):
             table.add_column(column, justify="right")
-        table.add_column("note", overflow="fold", max_width=40)
         scheme = some[0].scheme
         for r in some:
             if r.scheme != scheme and not r.kernel.startswith("torch."):
                 table.add_section()
             scheme = r.scheme
-            table.add_row(*_cells(r))
+            if r.median_us is not None:
+                table.add_row(*_cells(r))
         console.print(table)
+        _print_notes(console, some)
         console.print()
     about = _about(settings)
     console.print(
@@ -244,19 +248,36 @@ def _cells(r: Row) -> list[str]:
         number(r.read_share, ".0%"),
         *(number(v, ".2f") for v in (r.x_float32, r.x_bfloat16, r.x_int4, r.x_int8)),
         number(r.error, ".1e"),
-        r.note,
     ]
+
+
+def _print_notes(console: Any, rows: Sequence[Row]) -> None:
+    """What was not timed and why, a line each; that weights came from the cache, once."""
+    from rich.text import Text
+
+    for r in (r for r in rows if r.median_us is None):
+        name = " ".join(" ".join((r.kernel, r.isa, r.scheme)).split())
+        console.print(Text(f" {name}: {r.note}", style="red" if r.wrong else ""), soft_wrap=True)
+    cached = [r.note for r in rows if r.from_memory is False]
+    if cached:
+        console.print(Text(f" {cached[0]}"), soft_wrap=True)
 
 
 def _write_plot(path: Path, rows: Sequence[Row]) -> None:
     """Speed over torch's bf16 linear by the count of tokens, a picture for each shape, each scheme's fastest kernel."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+
+    from ..kernel_bench.baselines import NAMES
 
     timed = [r for r in rows if r.x_bfloat16 is not None]
     panels = list(dict.fromkeys((r.out_features, r.in_features, r.threads) for r in timed))
     wide = min(2, max(1, len(panels)))
     high = max(1, -(-len(panels) // wide))
     figure = Figure(figsize=(7 * wide, 4.5 * high + 1), layout="constrained")
+    schemes = dict.fromkeys(r.scheme for r in timed if r.kernel not in NAMES)
+    styles: dict[str, Any] = {k: {"color": colormaps["tab20"](i % 20)} for i, k in enumerate(schemes)}
+    styles |= {k: {"linestyle": v, "color": "grey"} for k, v in zip(NAMES, DASHES, strict=True)}
     grid = figure.subplots(high, wide, squeeze=False)
     for i, (out, n, threads) in enumerate(panels):
         axes = grid[i // wide][i % wide]
@@ -266,10 +287,11 @@ def _write_plot(path: Path, rows: Sequence[Row]) -> None:
             for r in here:
                 if name in (r.kernel, r.scheme) and r.x_bfloat16 is not None:
                     best[r.tokens] = max(best.get(r.tokens, 0.0), r.x_bfloat16)
-            own = {} if not name.startswith("torch.") else {"linestyle": "--", "color": "grey"}
-            axes.plot(list(best), list(best.values()), marker=".", label=name, **own)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed over torch's bf16 linear")
+            axes.plot(list(best), list(best.values()), marker=".", label=name, **styles[name])
+        axes.set(yscale="log", xlabel="tokens", ylabel="speed over torch's bf16 linear")
+        counts = sorted({r.tokens for r in here})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, list(map(str, counts)))
         axes.set_title(f"{out} x {n}, {threads} thread{'s' if threads > 1 else ''}, {here[0].device}", fontsize=10)
         axes.grid(alpha=0.3, which="both")
     for axes in grid.flat[len(panels) :]:

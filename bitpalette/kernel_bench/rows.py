@@ -118,8 +118,7 @@ def row_of(timed: Timed, place: Place, baselines: Mapping[str, Timed]) -> Row:
         values |= _three("x_" + name.removeprefix("torch."), speed_over(timed, other))
     if not values["from_memory"]:
         values["note"] = (
-            f"from the cache: {values['footprint_mib']} MiB are gone round, the last-level cache has "
-            f"{place.cache / MIB:g}"
+            f"from the cache: {values['footprint_mib']} MiB are gone round, the cache has {place.cache / MIB:g} MiB"
         )
     return _with(row, **values)
 

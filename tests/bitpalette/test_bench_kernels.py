@@ -132,6 +132,33 @@ def test_weights_that_stay_in_the_cache_are_named(call: Call) -> None:
     assert any(r["kernel"] == "torch.float32" and "raise --memory" in r["note"] for r in rows)
 
 
+def test_schemes_that_do_not_fit_together_are_measured_in_parts(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitpalette.kernel_bench import run
+
+    parts: list[list[str]] = []
+    of_scheme = run._of_scheme
+
+    def spy(*arguments: Any) -> list[Contender]:
+        parts[-1].append(scheme_label(arguments[0]))
+        return of_scheme(*arguments)
+
+    def once(*arguments: Any, **settings: Any) -> list[Timed]:
+        timed = time_rounds(*arguments, **settings)
+        parts.append([])
+        return timed
+
+    monkeypatch.setattr(run, "_of_scheme", spy)
+    monkeypatch.setattr(run, "time_rounds", once)
+    parts.append([])
+    texts = [f"int,bits={bits}" for bits in (2, 4, 8)]
+    schemes = [word for text in texts for word in ("--scheme", text)]
+    size = ("--shape", "256x256", "--tokens", "1", "--rounds", "4", "--kernel", "reference", "--memory", "1550kB")
+    rows = told(call(*size, *schemes, "--json"))["rows"]
+    assert [p for p in parts if p] == [["int bits=2", "int bits=4"], ["int bits=8"]]
+    assert [r["kernel"] for r in rows].count("torch.float32") == 1
+    assert [r["scheme"] for r in rows if r["kernel"] == "reference"] == ["int bits=2", "int bits=4", "int bits=8"]
+
+
 class Wrong(ReferenceKernel):
     """The reference, but for what it computes."""
 
