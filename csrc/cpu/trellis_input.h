@@ -3,7 +3,8 @@
 //     int8_by_256     one vector, the codes
 //     int16_by_256    one vector, 256 * code + low
 //     f32             two vectors, high and low, of x = (2^15 * high + low) * scale: 29 bits below the largest of 256
-//                     columns. Products and sums of integers are exact, so y is nearer to x W^T than sums in float32
+//                     columns, none below 2^-126. Products and sums of integers are exact, so y is nearer to x W^T than
+//                     a sum in float32 is
 //
 // A level is the sum of four bytes minus 510. Kernels add up products of byte sums, from a start of -510 times the sum
 // of the input: `offset`, split by pairs of columns, so that no 32-bit sum of a block leaves its range: the largest is

@@ -223,15 +223,19 @@ void multiply_tiles(const TrellisWeight& w, const TrellisVectors& x, int64_t til
                                                                _mm512_permutex2var_ps(total[t][0], odd, total[t][1])));
 }
 
+// Masking is one instruction of eleven or more from three vectors on: not worth a second copy of the code.
 template <Fetch fetch, int T>
 void multiply_vectors(const TrellisWeight& w, const TrellisVectors& x, int64_t tile_row, float* sums) {
-    const bool masked = w.code.window < 16;
-    if constexpr (T <= 2)
+    if constexpr (T > 2) {
+        multiply_tiles<fetch, T, true, false>(w, x, tile_row, sums);
+    } else {
+        const bool masked = w.code.window < 16;
         if (x.twice != nullptr)
             return masked ? multiply_tiles<fetch, T, true, true>(w, x, tile_row, sums)
                           : multiply_tiles<fetch, T, false, true>(w, x, tile_row, sums);
-    masked ? multiply_tiles<fetch, T, true, false>(w, x, tile_row, sums)
-           : multiply_tiles<fetch, T, false, false>(w, x, tile_row, sums);
+        masked ? multiply_tiles<fetch, T, true, false>(w, x, tile_row, sums)
+               : multiply_tiles<fetch, T, false, false>(w, x, tile_row, sums);
+    }
 }
 
 template <Fetch fetch>

@@ -104,6 +104,8 @@ def test_flags_follow_the_file_name(build: ModuleType) -> None:
     assert build.isa_flags("csrc/cpu/int4_neon.cpp") == []
     assert build.isa_flags("csrc/cpu/int4_avx2.cpp") == ["-mavx2", "-mfma", "-mf16c"]
     assert "-mavx512vnni" in build.isa_flags("csrc/cpu/int4_avx512.cpp")
+    assert "-mavx512vbmi" not in build.isa_flags("csrc/cpu/int4_avx512.cpp")
+    assert build.isa_flags("csrc/cpu/x_avx512vbmi.cpp") == [*build.isa_flags("csrc/cpu/x_avx512.cpp"), "-mavx512vbmi"]
     assert not any("native" in flag for flag in build.CXX_FLAGS)
 
 
