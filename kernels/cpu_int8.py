@@ -1,30 +1,28 @@
 """Codec `int` at 8 bits, symmetric, a scale a row, on a CPU, natively from the canonical layout (csrc/cpu/int8.h).
 
-The layout of embeddings and heads: rows are looked up and multiplied from the same bytes. Up to MOST_TOKENS rows of x
-are multiplied natively in float32; above that row blocks are decoded and go through torch's matmul.
+The layout of embeddings and heads: rows are looked up and multiplied from the same bytes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from ..quant.int import IntScheme
 from ..quant.native import cpu_module, why_no_cpu_module
 from ..quant.scheme import Scheme
+from ..quant.tensor import QuantizedTensor
+from .activation_form import activation_form
 from .base import Packed
-from .isa import OnInstructionSet
-from .reference import ReferenceKernel
-
-MOST_TOKENS = 8
+from .native_linear import NativeLinear
 
 
-class CpuInt8Kernel(OnInstructionSet, ReferenceKernel):
-    """As the reference, which holds the canonical fields and decodes rows, but for few tokens."""
-
+class CpuInt8Kernel(NativeLinear):
     name = "cpu_int8"
-    rank = 110
+    rank = 90
     canonical = True
+    most_tokens = 32
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -35,25 +33,21 @@ class CpuInt8Kernel(OnInstructionSet, ReferenceKernel):
             return "needs one scale a row (group_size 0)"
         return why_no_cpu_module()
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        if x.shape[0] > MOST_TOKENS:
-            return super().linear(x, packed, bias)
-        if packed.handle is None:
-            packed.handle = packed.tensors["scale"].float().flatten()
-        z = x.float().contiguous()
-        y = torch.empty(z.shape[0], packed.shape[0])
-        codes, scale = packed.tensors["codes"], packed.handle
-        cpu_module().int8_linear(
-            self.resolve_isa(),
-            codes.data_ptr(),
-            scale.data_ptr(),
-            *packed.shape,
-            z.data_ptr(),
-            z.shape[0],
-            y.data_ptr(),
-            torch.get_num_threads(),
+    def prepare(self, qt: QuantizedTensor) -> Packed:
+        return Packed(qt.scheme, (qt.shape[0], qt.shape[1]), {name: qt.fields[name] for name in ("codes", "scale")})
+
+    def unprepare(self, packed: Packed) -> QuantizedTensor:
+        return QuantizedTensor(packed.scheme, packed.shape, dict(packed.tensors))
+
+    def make_native(self, packed: Packed) -> Any:
+        return cpu_module().int8_weight(
+            isa=self.resolve_isa(),
+            activations=activation_form(),
+            codes=packed.tensors["codes"].data_ptr(),
+            scale=packed.tensors["scale"].data_ptr(),
+            out=packed.shape[0],
+            in_features=packed.shape[1],
         )
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 KERNEL = CpuInt8Kernel()

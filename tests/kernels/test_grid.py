@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitpalette.kernels.base import Kernel
-from bitpalette.kernels.cpu_int4 import CpuInt4Kernel
+from bitpalette.kernels.cpu_int import CpuIntKernel
 from bitpalette.kernels.isa import OnInstructionSet
 from bitpalette.kernels.registry import kernels
 from bitpalette.quant.bitstream import pack_bits
@@ -23,7 +23,7 @@ from bitpalette.quant.tensor import QuantizedTensor, field_specs
 
 # rtn of the codecs that are fitted rather than filled with random fields takes its time on the largest
 SHAPES = [(1, 1), (1, 1536), (17, 123), (123, 577), (1536, 17), (577, 576), (16, 1537), (48, 64)]
-TOKENS = [0, 1, 3, 8, 17, 33]  # cpu_int4 multiplies more than 32 in float32
+TOKENS = [0, 1, 2, 3, 8, 9, 33]  # cpu_int multiplies more than 32 in float32
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -37,8 +37,15 @@ EXAMPLES: dict[str, list[dict]] = {
     "lut": [
         {"codec": "lut"},
         {"codec": "lut", "table": "nf4", "group_size": 64},
+        {"codec": "lut", "entries": 4, "group_size": 32},
+        {"codec": "lut", "entries": 8},
+        {"codec": "lut", "entries": 24, "table": "kmeans"},
         {"codec": "lut", "entries": 5, "table": "values", "values": [-3.0, -1.0, 0.0, 0.5, 2.0]},
-        {"codec": "lut", "entries": 8, "table": "kmeans", "table_scope": "row", "scaled": False},
+        *(
+            {"codec": "lut", "entries": entries, "table": "kmeans", "table_scope": "row", "scaled": False}
+            for entries in (4, 6, 8, 11, 16)
+        ),
+        {"codec": "lut", "entries": 16, "table": "kmeans", "table_scope": "row", "group_size": 64},
         {"codec": "lut", "entries": 64, "dims": 2},
         {"codec": "lut", "entries": 64, "dims": 2, "group_size": 64},
     ],
@@ -127,7 +134,7 @@ def test_kernels_against_the_codec(scheme: Scheme) -> None:
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_visible(isa: str, bad: float) -> None:
-    kernel = CpuInt4Kernel(isa)
+    kernel = CpuIntKernel(isa)
     packed = kernel.prepare(random_tensor(IntScheme(bits=4, group_size=32), (40, 100)))
     for dtype in DTYPES:
         x = torch.randn(3, 100).to(dtype)
@@ -141,7 +148,7 @@ def test_what_is_not_finite_stays_visible(isa: str, bad: float) -> None:
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("size", [0.0, 1e-42, 1e-30, 1e30])
 def test_inputs_of_any_magnitude(isa: str, size: float) -> None:
-    kernel, scheme = CpuInt4Kernel(isa), IntScheme(bits=4, group_size=64, symmetric=False)
+    kernel, scheme = CpuIntKernel(isa), IntScheme(bits=4, group_size=64, symmetric=False)
     qt = random_tensor(scheme, (33, 130))
     packed, w = kernel.prepare(qt), get_codec("int").decode(qt)
     x = torch.randn(2, 130) * size
@@ -158,7 +165,7 @@ def test_every_half_scale_and_every_half_output(isa: str) -> None:
     out = scale.shape[0]
     codes = torch.full((out, 16), 0x99, dtype=torch.uint8).flatten()  # every code is 9: one above the zero point
     scheme = IntScheme(bits=4)
-    kernel = CpuInt4Kernel(isa)
+    kernel = CpuIntKernel(isa)
     packed = kernel.prepare(QuantizedTensor(scheme, (out, 32), {"codes": codes, "scale": scale}))
     assert torch.equal(kernel.rows(packed, torch.arange(out))[:, :1], scale.float())
     x = torch.zeros(1, 32)

@@ -108,7 +108,7 @@ def test_prepare_leaves_one_copy_in_memory(values: dict) -> None:
     canonical = sum(b.numel() * b.element_size() for b in linear.buffers())
     linear.prepare()
     held = sum(b.numel() * b.element_size() for b in linear.buffers())
-    assert held <= canonical * 1.1  # cpu_int4 keeps zero points as bytes
+    assert held <= canonical * 1.1  # cpu_int keeps zero points as bytes
     if not kernels()[linear.kernel_names["weight"]].canonical:
         assert "weight" not in dict(linear.named_buffers())
 
