@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitpalette.kernels.activation_form import ACTIVATIONS_VARIABLE, activation_form
+from bitpalette.kernels.base import KernelError
 from bitpalette.kernels.cpu_int import CpuIntKernel
 from bitpalette.kernels.cpu_int8 import CpuInt8Kernel
 from bitpalette.kernels.cpu_lut import CpuLutKernel, table_bytes
@@ -18,7 +19,7 @@ from bitpalette.quant.bitstream import pack_bits
 from bitpalette.quant.codec import get_codec, group_count
 from bitpalette.quant.int import IntScheme
 from bitpalette.quant.lut import LutScheme
-from bitpalette.quant.native import NativeError, available_isas
+from bitpalette.quant.native import available_isas
 from bitpalette.quant.scheme import Scheme
 from bitpalette.quant.solver import quantize_tensor
 from bitpalette.quant.tensor import QuantizedTensor, field_specs
@@ -159,5 +160,5 @@ def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ACTIVATIONS_VARIABLE, raising=False)
     assert activation_form() == "int8"
     monkeypatch.setenv(ACTIVATIONS_VARIABLE, "int3")
-    with pytest.raises(NativeError, match=r"BITPALETTE_CPU_ACTIVATIONS is one of .*float32.*; got 'int3'"):
+    with pytest.raises(KernelError, match=r"BITPALETTE_CPU_ACTIVATIONS=int3 is no form of activations; use .*float32"):
         activation_form()
