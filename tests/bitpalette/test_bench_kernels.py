@@ -77,7 +77,7 @@ def test_json(call: Call) -> None:
         names = [(r["kernel"], r["isa"]) for r in here]
         assert len(set(names)) == len(names)
         for isa in available_isas():
-            assert ("cpu_int4", isa) in names
+            assert ("cpu_int", isa) in names
         for name in ("torch.float32", "torch.bfloat16", "torch.int4", "torch.int8", "reference"):
             assert (name, "") in names
     for r in rows:
@@ -103,14 +103,14 @@ def test_json(call: Call) -> None:
 def test_table_and_csv(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     one = "--isa", available_isas()[0]
-    shown = call(*SMALL, "--scheme", "trellis,rate=2.5", "--kernel", "cpu_int4", *one, "--csv", path)
+    shown = call(*SMALL, "--scheme", "trellis,rate=2.5", "--kernel", "cpu_int", *one, "--csv", path)
     assert shown.code == 0 and shown.err == ""
     assert "64 x 256, tokens: 1, threads:" in shown.out
-    for words in ("of read", "x bf16", "cpu_int4", "torch.int8", "none of ['cpu_int4'] runs it"):
+    for words in ("of read", "x bf16", "cpu_int", "torch.int8", "none of ['cpu_int'] runs it"):
         assert words in " ".join(shown.out.split())
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert [r["kernel"] for r in rows if r["scheme"] == "int bits=4 group_size=128"] == ["cpu_int4"]
+    assert [r["kernel"] for r in rows if r["scheme"] == "int bits=4 group_size=128"] == ["cpu_int"]
     assert all(float(r["median_us"]) > 0 for r in rows if not r["note"])
     assert not list(tmp_path.glob("*.partial"))
 
