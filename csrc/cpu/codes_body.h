@@ -120,7 +120,8 @@ void integer_block(const CodesView& w, const CodesInput& x, int64_t block, int64
     const int8_t* high = x.blocks.codes + token * x.row;
     const int8_t* low = planes == 2 ? x.blocks.low + token * x.row : nullptr;
     constexpr float unit = planes == 2 ? 1.0f / 256 : 1.0f; // of a whole number that two planes say
-    const int64_t x_blocks = x.row / x.blocks.block, tiles_per_block = x.blocks.block / tile_columns;
+    constexpr int tiles_per_block = planes == 2 ? 8 : 1;    // of the input's scales: int16_by_256, int8_by_32
+    const int64_t x_blocks = x.row / (tiles_per_block * tile_columns);
     typename V::Floats sums[M];
     for (int m = 0; m < M; ++m)
         sums[m] = V::zero();
