@@ -30,8 +30,6 @@
 // where a byte shuffle looks 16 bytes up: one table of 16, or four entries of each of four rows.
 #pragma once
 
-#include <vector>
-
 #include "codes_unit.h"
 #include "linear.h"
 
@@ -66,7 +64,7 @@ class CodesWeight : public LinearWeight {
     InputForm form_;
     CodesView view_;
     CodesFunctions functions_;
-    alignas(64) float levels_[16] = {}; // the one table in float32
+    float levels_[16] = {}; // the one table in float32
 };
 
 } // namespace bitpalette
