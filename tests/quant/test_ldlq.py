@@ -89,7 +89,7 @@ def test_a_row_with_an_outlier_on_a_loud_input_is_repaired(rng_weight) -> None:
     w = rng_weight(64, 64) * 0.1
     w[37, 0] = 0.9 * 1.5
     energy = torch.ones(64)
-    energy[0] = 40.0
+    energy[0] = 20.0
     stats = Stats(torch.diag(energy), energy.sqrt(), 64)
     scheme = Scheme.from_dict({"codec": "trellis", "rate": 4, "window": 12})
     grid = get_codec("trellis").grid(scheme, (64, 64), w.device)
