@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quant.hartley import DENSE_ODD, odd_part
 from ..quant.native import DTYPES, chosen_isa, cpu_module, isa_index, why_no_cpu_module
 from ..quant.order import unpack_order
 from ..quant.rotate import sign_vector
 from .embedding import QuantEmbedding
+from .input_transform import input_transforms
 from .linear import QuantLinear
 from .native_linear import NativeLinear
 from .norm import RotatedNorm
@@ -108,7 +110,6 @@ class _Read:
 class _Reader:
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.transforms: dict[Any, Any] = {}
         self.alive: list[Any] = []
 
     def read(self) -> _Read:
@@ -206,9 +207,10 @@ class _Reader:
             owner = layer.tied_to or layer
             weight = self._packed(name, owner)
             fields = owner._transform_fields("weight")
-            transform = self._transform(
-                layer.in_features, _steps(name, layer.scheme.transforms, fields, layer.in_features)
-            )
+            made = input_transforms(layer.scheme.transforms, fields, layer.in_features, self.isa)
+            if made.why_not is not None:
+                raise NotNativeError(f"{name}: {made.why_not}")
+            transform = made.native
         elif type(layer) is nn.Linear:
             weight = self._dense(name, layer.weight)
         else:
@@ -251,22 +253,21 @@ class _Reader:
         return True
 
     def _transform(self, n: int, steps: Sequence[_Step]) -> Any:
-        """The native InputTransform of n columns, None for no steps. Equal ones are one object: that is how native code
-        sees which layers share an input."""
+        """A native InputTransform of n columns that is no layer's own (input_transform.py has those): of embeddings and
+        norms. None for no steps."""
         if not steps:
             return None
-        key = (n, *((kind, None if t is None else t.numpy().tobytes()) for kind, t in steps))
-        if key not in self.transforms:
-            transform = cpu_module().InputTransform(self.isa, n)
-            for kind, values in steps:
-                if values is None:
-                    transform.add_rotate()
-                elif kind == "gather":
-                    transform.add_gather(values.data_ptr())
-                else:
-                    transform.add_multiply(values.data_ptr())
-            self.transforms[key] = transform
-        return self.transforms[key]
+        if odd_part(n)[0] > DENSE_ODD and any(kind == "rotate" for kind, _ in steps):
+            raise NotNativeError(f"a rotation of {n} columns has an odd part above {DENSE_ODD}")
+        transform = cpu_module().InputTransform(self.isa, n)
+        for kind, values in steps:
+            if values is None:
+                transform.add_rotate()
+            elif kind == "gather":
+                transform.add_gather(values.data_ptr())
+            else:
+                transform.add_multiply(values.data_ptr())
+        return transform
 
 
 _Step = tuple[str, Tensor | None]

@@ -281,6 +281,14 @@ def test_packed_layers_with_transforms(tied: bool) -> None:
 
 
 @pytest.mark.usefixtures("native_kernel")
+def test_a_rotation_that_only_torch_has() -> None:
+    """An odd part above 1024 is for torch's FFT: the model is refused in words, so that its own loop takes over."""
+    model = build("Llama", intermediate_size=1031)
+    reason = why_not(quantized(model, lambda name: ("rotate",) if "down_proj" in name else (), False))
+    assert reason is not None and "down_proj" in reason and "odd part above 1024" in reason
+
+
+@pytest.mark.usefixtures("native_kernel")
 def test_rotated_norm() -> None:
     model, ids = build("Llama", tie_word_embeddings=True), ids_of(12)
     plain = eager(model, ids)
