@@ -21,6 +21,7 @@ struct Avx2 : RowX86 {
         Ints pairs; // 16-bit sums of products
     };
     static constexpr int most_tokens = 2; // 4 need 32 registers of the 16 there are
+    static constexpr int most_sums = 2;
 
     static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static Floats all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }

@@ -18,6 +18,7 @@ struct Avx512 : RowX86 {
     using Dot = __m512i;
     using Table = __m512;
     static constexpr int most_tokens = 8;
+    static constexpr int most_sums = 4; // blocks times tokens in flight when blocks are read side by side
 
     static Floats zero() { return _mm512_setzero_ps(); }
     static Floats all(float value) { return _mm512_set1_ps(value); }

@@ -9,8 +9,9 @@ namespace {
 
 constexpr int lanes = linear_block_rows;
 
-// Levels of a weight: `quad` gives the bytes that meet int8 inputs, none above `top`, `factor` what the sums are
-// multiplied by in the end; `level` gives column i of a quad's codes in float32.
+// Levels of the rows of a block, once `load` has read what the weight keeps of them: `quad` gives the bytes that meet
+// int8 inputs, none above `top`, `factor` what the sums are multiplied by in the end; `level` gives column i of a
+// quad's codes in float32.
 
 template <class V, int bits>
 struct Uniform {
@@ -20,7 +21,7 @@ struct Uniform {
     static constexpr int top = ((1 << bits) - 1) << doubled;
     static constexpr bool has_factor = doubled;
 
-    Uniform(const CodesView&, int64_t) {}
+    void load(const CodesView&, int64_t) {}
     template <int k>
     BITPALETTE_INLINE typename V::Codes quad(const uint8_t* tile) const {
         return Planes<V, bits, doubled>::template quad<k>(tile);
@@ -44,8 +45,11 @@ struct Shared {
     static constexpr int top = 255;
     static constexpr bool has_factor = true;
 
-    Shared(const CodesView& w, int64_t)
-        : bytes(V::load_sixteen(w.table_bytes)), floats(V::load_table(w.levels)), unit(V::all(*w.table_unit)) {}
+    void load(const CodesView& w, int64_t) {
+        bytes = V::load_sixteen(w.table_bytes);
+        floats = V::load_table(w.levels);
+        unit = V::all(*w.table_unit);
+    }
     template <int k>
     BITPALETTE_INLINE typename V::Codes quad(const uint8_t* tile) const {
         return V::shuffle(bytes, Planes<V, bits>::template quad<k>(tile));
@@ -75,7 +79,8 @@ struct ByRow {
     static constexpr bool has_factor = true;
     static constexpr int fourths = 1 << (bits - 2);
 
-    ByRow(const CodesView& w, int64_t block) : unit(V::load(w.table_unit + block * lanes)) {
+    void load(const CodesView& w, int64_t block) {
+        unit = V::load(w.table_unit + block * lanes);
         alignas(64) uint8_t first[codes_plane_bytes];
         for (int i = 0; i < codes_plane_bytes; ++i)
             first[i] = static_cast<uint8_t>(i & 12);
