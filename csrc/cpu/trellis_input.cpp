@@ -33,7 +33,7 @@ float split_block(const float* x, int16_t* high, int16_t* low) {
         const int32_t value = static_cast<int32_t>(x[i] * up);
         const int32_t upper = (value + (1 << (low_bits - 1))) >> low_bits;
         high[i] = static_cast<int16_t>(upper);
-        low[i] = static_cast<int16_t>(value - (upper << low_bits));
+        low[i] = static_cast<int16_t>(value - upper * (1 << low_bits)); // a shift of what is negative is undefined
     }
     return std::ldexp(1.0f, -exponent);
 }
