@@ -33,10 +33,10 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "avx512vbmi": (X86_64, [*AVX512, "-mavx512vbmi"]),
     "avx512": (X86_64, AVX512),
     "avx2": (X86_64, ["-mavx2", "-mfma", "-mf16c"]),
-    "neon": (AARCH64, []),
+    "neon": (AARCH64, ["-march=armv8.2-a+dotprod"]),
     "scalar": (X86_64 + AARCH64, []),
 }
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a")
 

@@ -43,6 +43,10 @@ const ActivationOps& activation_ops(Isa isa) {
     if (isa == Isa::avx2)
         return activations_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return activations_neon;
+#endif
     return activations_scalar;
 }
 

@@ -17,7 +17,7 @@ struct ActivationOps {
     void (*store)(const float* from, const void* bias, Dtype dtype, int64_t n, void* to);
 };
 
-extern const ActivationOps activations_scalar, activations_avx2, activations_avx512;
+extern const ActivationOps activations_scalar, activations_avx2, activations_avx512, activations_neon;
 
 const ActivationOps& activation_ops(Isa isa);
 

@@ -21,6 +21,10 @@ const AttentionUnit& unit_of(Isa isa) {
     if (isa == Isa::avx2)
         return attention_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return attention_neon;
+#endif
     return attention_scalar;
 }
 

@@ -41,5 +41,8 @@ extern const AttentionUnit attention_scalar;
 extern const AttentionUnit attention_avx2;
 extern const AttentionUnit attention_avx512;
 #endif
+#if BITPALETTE_AARCH64
+extern const AttentionUnit attention_neon;
+#endif
 
 } // namespace bitpalette

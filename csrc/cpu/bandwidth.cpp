@@ -18,6 +18,10 @@ ReadBytes reader_of(Isa isa) {
     if (isa == Isa::avx2)
         return read_bytes_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return read_bytes_neon;
+#endif
     (void)isa;
     return read_bytes_scalar;
 }

@@ -16,6 +16,9 @@ extern const ReadBytes read_bytes_scalar;
 extern const ReadBytes read_bytes_avx2;
 extern const ReadBytes read_bytes_avx512;
 #endif
+#if BITPALETTE_AARCH64
+extern const ReadBytes read_bytes_neon;
+#endif
 
 // Reads `bytes` from `from` on, a contiguous share for each of up to `threads` threads; the exclusive or of the shares'
 // results, so of all whole 64-bit words. std::invalid_argument for an instruction set that this machine lacks.

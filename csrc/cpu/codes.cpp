@@ -18,6 +18,10 @@ CodesUnit unit_of(Isa isa) {
     if (isa == Isa::avx2)
         return codes_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return codes_neon;
+#endif
     return codes_scalar;
 }
 

@@ -60,10 +60,13 @@ inline typename V::Table row_table(const CodesView& w, int64_t row) {
     return V::load_table(levels);
 }
 
-inline void integer_starts(const CodesView& w, const CodesInput& x, int32_t* start) {
+template <class V>
+void integer_starts(const CodesView& w, const CodesInput& x, int32_t* start) {
     const bool table = w.levels != nullptr || w.row_tables != nullptr;
     const int32_t doubled = !table && w.bits == 1 ? 2 : 1;
-    const int32_t offset = table ? 128 : w.zero != nullptr ? doubled : static_cast<int32_t>(w.offset * doubled);
+    const int32_t offset = table               ? V::table_offset
+                           : w.zero != nullptr ? doubled
+                                               : static_cast<int32_t>(w.offset * doubled);
     for (int64_t token = 0; token < x.tokens; ++token)
         for (int64_t tile = 0; tile < w.tiles; ++tile) {
             int32_t sum = 0;
@@ -371,7 +374,7 @@ void decode_levels(const CodesView& w, int64_t row, float* to) {
 
 template <class V, int bits>
 CodesFunctions functions_of(const CodesView& w, InputForm form) {
-    CodesFunctions f{integer_starts, float_sums, nullptr, decode_numbers<V, bits>};
+    CodesFunctions f{integer_starts<V>, float_sums, nullptr, decode_numbers<V, bits>};
     if constexpr (2 <= bits && bits <= 4)
         if (w.levels != nullptr || w.row_tables != nullptr) {
             const bool by_row = w.row_tables != nullptr;

@@ -42,11 +42,11 @@ struct Uniform {
 template <class V, int bits>
 struct Shared {
     static constexpr int tile_bytes = Planes<V, bits>::bytes;
-    static constexpr int top = 255;
+    static constexpr int top = 127 + V::table_offset;
     static constexpr bool has_factor = true;
 
     void load(const CodesView& w, int64_t) {
-        bytes = V::load_sixteen(w.table_bytes);
+        bytes = V::table_bytes(V::load_sixteen(w.table_bytes));
         floats = V::load_table(w.levels);
         unit = V::all(*w.table_unit);
     }
@@ -75,7 +75,7 @@ struct Shared {
 template <class V, int bits>
 struct ByRow {
     static constexpr int tile_bytes = Planes<V, bits>::bytes;
-    static constexpr int top = 255;
+    static constexpr int top = 127 + V::table_offset;
     static constexpr bool has_factor = true;
     static constexpr int fourths = 1 << (bits - 2);
 
@@ -87,7 +87,8 @@ struct ByRow {
         row = V::load_codes(first);
         const int stored = (w.entries + 3) / 4; // 5 to 8 entries have two fourths, 9 to 12 three
         for (int f = 0; f < fourths; ++f)
-            bytes[f] = V::load_codes(w.table_bytes + (block * stored + (f < stored ? f : 0)) * codes_plane_bytes);
+            bytes[f] = V::table_bytes(
+                V::load_codes(w.table_bytes + (block * stored + (f < stored ? f : 0)) * codes_plane_bytes));
     }
     template <int k>
     BITPALETTE_INLINE typename V::Codes quad(const uint8_t* tile) const {

@@ -1,4 +1,4 @@
-// The codes of one row out of a tile's planes, for AVX2 and what includes it.
+// Tables and the codes of one row out of a tile's planes, for AVX2 and what includes it.
 #pragma once
 
 #include <cstring>
@@ -12,6 +12,14 @@ namespace {
 
 struct RowX86 {
     using Row = __m256i; // 32 bytes, a column each
+
+    // Products take unsigned bytes, which a table's are; table_offset: how far they are above the levels they stand
+    // for.
+    static constexpr int table_offset = 128;
+    template <class Codes>
+    static Codes table_bytes(Codes c) {
+        return c;
+    }
 
     // at: the row's four bytes in the first register of a tile.
     template <int bits>

@@ -16,6 +16,7 @@ struct Scalar {
     using Dot = Ints;
     using Table = Floats;
     using Row = Array<uint8_t, codes_tile_columns>;
+    static constexpr int table_offset = 128;
     static constexpr int most_tokens = 1; // it is not about speed, and each count takes seconds to compile
     static constexpr int most_sums = 1;
 
@@ -67,6 +68,7 @@ struct Scalar {
     static Codes load_sixteen(const uint8_t* from) {
         return codes([&](int i) { return from[i % 16]; });
     }
+    static Codes table_bytes(const Codes& c) { return c; }
     template <int n>
     static Codes shift(const Codes& c) {
         return codes([&](int i) { return n > 0 ? c.at[i] >> n : c.at[i] << -n; });

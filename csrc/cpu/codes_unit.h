@@ -52,5 +52,8 @@ CodesFunctions codes_scalar(const CodesView& w, InputForm form);
 CodesFunctions codes_avx2(const CodesView& w, InputForm form);
 CodesFunctions codes_avx512(const CodesView& w, InputForm form);
 #endif
+#if BITPALETTE_AARCH64
+CodesFunctions codes_neon(const CodesView& w, InputForm form);
+#endif
 
 } // namespace bitpalette

@@ -17,6 +17,10 @@ const DenseCalls& calls_of(Isa isa, Dtype dtype) {
     if (isa == Isa::avx512)
         unit = &dense_avx512;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        unit = &dense_neon;
+#endif
     return unit->of[static_cast<int>(dtype)];
 }
 

@@ -38,5 +38,8 @@ extern const DenseUnit dense_scalar;
 extern const DenseUnit dense_avx2;
 extern const DenseUnit dense_avx512;
 #endif
+#if BITPALETTE_AARCH64
+extern const DenseUnit dense_neon;
+#endif
 
 } // namespace bitpalette

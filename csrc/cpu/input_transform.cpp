@@ -23,6 +23,10 @@ const TransformOps& transform_ops(Isa isa) {
     if (isa == Isa::avx2)
         return transform_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return transform_neon;
+#endif
     return transform_scalar;
 }
 

@@ -26,6 +26,6 @@ struct TransformOps {
     void (*gather)(const float* from, const int32_t* order, int64_t n, float* to);
 };
 
-extern const TransformOps transform_scalar, transform_avx2, transform_avx512;
+extern const TransformOps transform_scalar, transform_avx2, transform_avx512, transform_neon;
 
 } // namespace bitpalette

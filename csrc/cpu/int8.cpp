@@ -17,6 +17,10 @@ const Int8Unit& unit_of(Isa isa) {
     if (isa == Isa::avx2)
         return int8_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return int8_neon;
+#endif
     return int8_scalar;
 }
 

@@ -44,6 +44,9 @@ extern const Int8Unit int8_scalar;
 extern const Int8Unit int8_avx2;
 extern const Int8Unit int8_avx512;
 #endif
+#if BITPALETTE_AARCH64
+extern const Int8Unit int8_neon;
+#endif
 
 class Int8Weight : public LinearWeight {
   public:

@@ -1,27 +1,61 @@
 #include "isa.h"
 
+#if BITPALETTE_AARCH64 && defined(__linux__)
+#include <sys/auxv.h>
+#elif BITPALETTE_AARCH64 && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace bitpalette {
+namespace {
+
+#if BITPALETTE_X86 && (defined(__GNUC__) || defined(__clang__))
+
+bool has(Isa isa) {
+    __builtin_cpu_init(); // its answers include the operating system's part (XGETBV)
+    if (isa == Isa::avx2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (isa == Isa::avx512vbmi)
+        return avx512 && __builtin_cpu_supports("avx512vbmi");
+    return isa == Isa::avx512 && avx512;
+}
+
+#elif BITPALETTE_AARCH64 && defined(__linux__)
+
+bool has(Isa isa) {
+    constexpr unsigned long dot_product = 1ul << 20; // HWCAP_ASIMDDP, which old headers lack
+    return isa == Isa::neon && (getauxval(AT_HWCAP) & dot_product) != 0;
+}
+
+#elif BITPALETTE_AARCH64 && defined(__APPLE__)
+
+bool has(Isa isa) {
+    int found = 0;
+    size_t size = sizeof found;
+    return isa == Isa::neon && sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 &&
+           found != 0;
+}
+
+#else
+
+bool has(Isa) {
+    return false;
+}
+
+#endif
+
+} // namespace
 
 const char* isa_name(Isa isa) {
-    constexpr const char* names[isa_count] = {"scalar", "avx2", "avx512", "avx512vbmi"};
+    constexpr const char* names[isa_count] = {"scalar", "avx2", "avx512", "avx512vbmi", "neon"};
     return names[static_cast<int>(isa)];
 }
 
 bool isa_available(Isa isa) {
-    if (isa == Isa::scalar)
-        return true;
-#if BITPALETTE_X86 && (defined(__GNUC__) || defined(__clang__))
-    __builtin_cpu_init(); // its answers include the operating system's part (XGETBV)
-    if (isa == Isa::avx2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (isa == Isa::avx512vbmi)
-        return isa_available(Isa::avx512) && __builtin_cpu_supports("avx512vbmi");
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-#else
-    return false;
-#endif
+    return isa == Isa::scalar || has(isa);
 }
 
 } // namespace bitpalette

@@ -24,6 +24,10 @@ const TrellisStepUnit& unit_of(Isa isa) {
     if (isa == Isa::avx2)
         return trellis_step_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return trellis_step_neon;
+#endif
     return trellis_step_scalar;
 }
 

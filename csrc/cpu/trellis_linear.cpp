@@ -58,6 +58,10 @@ TrellisLinearUnit trellis_linear_unit(Isa isa, const TrellisWeight& w) {
     if (isa == Isa::avx2)
         return trellis_linear_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return trellis_linear_neon;
+#endif
     return trellis_linear_scalar;
 }
 

@@ -38,5 +38,8 @@ extern const TrellisLinearUnit trellis_linear_avx2;
 extern const TrellisLinearUnit trellis_linear_avx512;
 extern const TrellisMultiply trellis_multiply_avx512vbmi;
 #endif
+#if BITPALETTE_AARCH64
+extern const TrellisLinearUnit trellis_linear_neon;
+#endif
 
 } // namespace bitpalette

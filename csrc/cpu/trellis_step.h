@@ -78,5 +78,8 @@ extern const TrellisStepUnit trellis_step_avx2;
 extern const TrellisStepUnit trellis_step_avx512;
 extern const TrellisStepUnit trellis_step_avx512vbmi; // in the same file
 #endif
+#if BITPALETTE_AARCH64
+extern const TrellisStepUnit trellis_step_neon;
+#endif
 
 } // namespace bitpalette

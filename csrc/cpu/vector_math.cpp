@@ -14,6 +14,10 @@ const VectorMath& vector_math(Isa isa) {
     if (isa == Isa::avx2)
         return vector_math_avx2;
 #endif
+#if BITPALETTE_AARCH64
+    if (isa == Isa::neon)
+        return vector_math_neon;
+#endif
     return vector_math_scalar;
 }
 

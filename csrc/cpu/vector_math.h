@@ -28,5 +28,8 @@ extern const VectorMath vector_math_scalar;
 extern const VectorMath vector_math_avx2;
 extern const VectorMath vector_math_avx512;
 #endif
+#if BITPALETTE_AARCH64
+extern const VectorMath vector_math_neon;
+#endif
 
 } // namespace bitpalette

@@ -1,0 +1,107 @@
+"""csrc/cpu for aarch64: cross-compiled, and every kernel run by an emulator, NEON against scalar.
+
+The compiler is aarch64-linux-gnu-g++ where there is one, else zig from the wheel `ziglang` (extra `test`); the emulator
+is qemu-user (Debian: qemu-user-static). On an aarch64 machine its own compiler is used and nothing is emulated.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = "tests/csrc/instruction_sets.cpp"
+NATIVE = platform.machine() in ("aarch64", "arm64")
+
+
+def build_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bitpalette_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compilers() -> Iterator[list[str]]:
+    """Commands that compile and link C++ for aarch64, the preferred first."""
+    for name in ("c++", "g++", "clang++") if NATIVE else ("aarch64-linux-gnu-g++",):
+        if shutil.which(name) is not None:
+            yield [name]
+    if not NATIVE and importlib.util.find_spec("ziglang") is not None:
+        yield [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl"]
+
+
+def emulator() -> list[str] | None:
+    """What runs the program; None where nothing does."""
+    if NATIVE:
+        return []
+    # every instruction that this emulator knows: the run-time check has to find the dot product by itself
+    found = next((path for name in ("qemu-aarch64-static", "qemu-aarch64") if (path := shutil.which(name))), None)
+    return None if found is None else [found, "-cpu", "max"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of csrc/cpu for aarch64 with the driver, statically linked; fails where anything does not compile."""
+    compiler = next(compilers(), None)
+    if compiler is None:
+        pytest.skip("no compiler for aarch64: install g++-aarch64-linux-gnu or the wheel ziglang")
+    build, folder = build_script(), tmp_path_factory.mktemp("aarch64")
+    environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(folder / "zig"), "ZIG_LOCAL_CACHE_DIR": str(folder / "zig")}
+    sources = [name for name in build.cpu_sources(ROOT, "aarch64") if name.startswith("csrc/cpu/")]
+    assert any(name.endswith("_neon.cpp") for name in sources)
+
+    def run(*command: str) -> None:
+        done = subprocess.run([*compiler, *command], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join([*compiler, *command])}\n{done.stderr[-4000:]}"
+
+    def compiled(source: str) -> str:
+        target = str(folder / f"{Path(source).stem}.o")
+        # not -O3, which takes four times as long
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+        run(*flags, *build.isa_flags(source), "-c", str(ROOT / source), "-o", target)
+        return target
+
+    sources.sort(key=lambda name: "codes_" not in name)  # those that take longest first
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, [*sources, DRIVER]))
+    target = folder / "instruction_sets"
+    run(*([] if sys.platform == "darwin" else ["-static"]), *objects, "-o", str(target), "-pthread")
+    return target
+
+
+@pytest.mark.slow
+def test_all_of_it_compiles(program: Path) -> None:
+    assert program.is_file()
+
+
+@pytest.mark.slow
+def test_neon_does_what_scalar_does(program: Path) -> None:
+    command = emulator()
+    if command is None:
+        pytest.skip("no emulator of aarch64: install qemu-user-static (or qemu-user)")
+    done = subprocess.run([*command, str(program)], capture_output=True, text=True, check=False, timeout=600)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-4000:]
+    names, _, counts = done.stdout.partition(": ")
+    assert names == "scalar neon" and counts.endswith(" comparisons, 0 differences\n"), done.stdout
+
+
+@pytest.mark.slow
+def test_a_processor_without_the_dot_product_gets_scalar(program: Path) -> None:
+    command = emulator()
+    if not command:
+        pytest.skip("needs an emulator, which can leave instructions out: install qemu-user-static (or qemu-user)")
+    done = subprocess.run(
+        [command[0], "-cpu", "cortex-a72", str(program)], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "scalar: 0 comparisons, 0 differences\n")
