@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +26,18 @@ JOBS = 2
 X86_64 = ("x86_64", "AMD64")
 AARCH64 = ("aarch64", "arm64")
 
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]
+
+NEW_FLAGS = ("-mavxvnni",)  # GCC 11, Clang 12
 
 # file-name suffix -> (machines that compile it, flags). No -march=native: a wheel runs on other machines than its own,
 # and the set of instructions is chosen at run time.
 INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "avx512vbmi": (X86_64, [*AVX512, "-mavx512vbmi"]),
     "avx512": (X86_64, AVX512),
-    "avx2": (X86_64, ["-mavx2", "-mfma", "-mf16c"]),
+    "avxvnni": (X86_64, [*AVX2, "-mavxvnni"]),
+    "avx2": (X86_64, AVX2),
     "neon": (AARCH64, ["-march=armv8.2-a+dotprod"]),
     "scalar": (X86_64 + AARCH64, []),
 }
@@ -158,9 +163,16 @@ class BuildNative(build_ext):
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
-                extra_postargs=ext.extra_compile_args + isa_flags(source),
+                extra_postargs=ext.extra_compile_args + [f for f in isa_flags(source) if self._knows(f)],
             )
         return str(built)
+
+    def _knows(self, flag: str) -> bool:
+        """Whether the compiler has a flag that older ones lack: csrc/cpu/isa.h leaves out what is compiled with it."""
+        if flag not in NEW_FLAGS:
+            return True
+        command = [*self.compiler.compiler_so, flag, "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _link(self, ext: Extension, objects: list[str], target: str) -> None:
         self.compiler.link_shared_object(

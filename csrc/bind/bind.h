@@ -19,16 +19,10 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-inline Isa exact_isa_from_index(int index) {
+inline Isa isa_from_index(int index) {
     if (index < 0 || index >= isa_count)
         throw std::invalid_argument("no instruction set " + std::to_string(index));
     return static_cast<Isa>(index);
-}
-
-// For what has no code of its own for AVX-512 with VBMI: that for AVX-512, which every machine with VBMI runs.
-inline Isa isa_from_index(int index) {
-    const Isa isa = exact_isa_from_index(index);
-    return isa == Isa::avx512vbmi ? Isa::avx512 : isa;
 }
 
 inline InputForm input_form_from_index(int index) {

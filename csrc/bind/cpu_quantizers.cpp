@@ -23,7 +23,7 @@ void bind_quantizers(py::module_& m) {
         [](int isa, uintptr_t x, int64_t tiles, int row_bits, int window, uintptr_t codes, uintptr_t levels,
            int threads) {
             const py::gil_scoped_release unlocked;
-            return trellis_encode(exact_isa_from_index(isa), at<const float>(x), tiles, {row_bits, window},
+            return trellis_encode(isa_from_index(isa), at<const float>(x), tiles, {row_bits, window},
                                   at<uint8_t>(codes), at<float>(levels), threads);
         },
         py::arg("isa"), py::arg("x"), py::arg("tiles"), py::arg("m"), py::arg("window"), py::arg("codes"),

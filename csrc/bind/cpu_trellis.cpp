@@ -15,7 +15,7 @@ void bind_trellis(py::module_& m) {
         [](int isa, uintptr_t codes, uintptr_t scale, int64_t out, int64_t in, int row_bits, int window,
            uintptr_t index, int64_t n, uintptr_t y, int threads) {
             const py::gil_scoped_release unlocked;
-            trellis_decode(exact_isa_from_index(isa),
+            trellis_decode(isa_from_index(isa),
                            {at<const uint8_t>(codes), at<const float>(scale), out, in, {row_bits, window}},
                            at<const int64_t>(index), n, at<float>(y), threads);
         },
@@ -25,7 +25,7 @@ void bind_trellis(py::module_& m) {
         "trellis_weight",
         [](int isa, int form, uintptr_t codes, uintptr_t scale, int64_t out, int64_t in, int row_bits,
            int window) -> std::shared_ptr<LinearWeight> {
-            return std::make_shared<TrellisLinear>(exact_isa_from_index(isa), input_form_from_index(form),
+            return std::make_shared<TrellisLinear>(isa_from_index(isa), input_form_from_index(form),
                                                    at<const uint8_t>(codes), at<const uint16_t>(scale), out, in,
                                                    TrellisCode{row_bits, window});
         },

@@ -38,9 +38,9 @@ void grow(std::vector<T>& buffer, size_t n) {
 
 const ActivationOps& activation_ops(Isa isa) {
 #if BITPALETTE_X86
-    if (isa == Isa::avx512)
+    if (plain_isa(isa) == Isa::avx512)
         return activations_avx512;
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         return activations_avx2;
 #endif
 #if BITPALETTE_AARCH64

@@ -16,9 +16,9 @@ const AttentionUnit& unit_of(Isa isa) {
     if (!isa_available(isa))
         throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
 #if BITPALETTE_X86
-    if (isa == Isa::avx512)
+    if (plain_isa(isa) == Isa::avx512)
         return attention_avx512;
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         return attention_avx2;
 #endif
 #if BITPALETTE_AARCH64

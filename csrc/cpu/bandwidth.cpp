@@ -13,9 +13,9 @@ constexpr int64_t block = 4096; // shares are whole pages: no word is split betw
 
 ReadBytes reader_of(Isa isa) {
 #if BITPALETTE_X86
-    if (isa == Isa::avx512)
+    if (plain_isa(isa) == Isa::avx512)
         return read_bytes_avx512;
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         return read_bytes_avx2;
 #endif
 #if BITPALETTE_AARCH64

@@ -12,10 +12,14 @@ namespace {
 CodesUnit unit_of(Isa isa) {
     if (!isa_available(isa))
         throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
+#if BITPALETTE_AVXVNNI
+    if (isa == Isa::avxvnni)
+        return codes_avxvnni;
+#endif
 #if BITPALETTE_X86
-    if (isa == Isa::avx512)
+    if (plain_isa(isa) == Isa::avx512)
         return codes_avx512;
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         return codes_avx2;
 #endif
 #if BITPALETTE_AARCH64

@@ -50,6 +50,7 @@ using CodesUnit = CodesFunctions (*)(const CodesView& w, InputForm form);
 CodesFunctions codes_scalar(const CodesView& w, InputForm form);
 #if BITPALETTE_X86
 CodesFunctions codes_avx2(const CodesView& w, InputForm form);
+CodesFunctions codes_avxvnni(const CodesView& w, InputForm form);
 CodesFunctions codes_avx512(const CodesView& w, InputForm form);
 #endif
 #if BITPALETTE_AARCH64

@@ -12,9 +12,9 @@ const DenseCalls& calls_of(Isa isa, Dtype dtype) {
         throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
     const DenseUnit* unit = &dense_scalar;
 #if BITPALETTE_X86
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         unit = &dense_avx2;
-    if (isa == Isa::avx512)
+    if (plain_isa(isa) == Isa::avx512)
         unit = &dense_avx512;
 #endif
 #if BITPALETTE_AARCH64

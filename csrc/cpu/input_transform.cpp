@@ -18,9 +18,9 @@ constexpr int64_t columns_per_thread = 8192;
 
 const TransformOps& transform_ops(Isa isa) {
 #if BITPALETTE_X86
-    if (isa == Isa::avx512)
+    if (plain_isa(isa) == Isa::avx512)
         return transform_avx512;
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         return transform_avx2;
 #endif
 #if BITPALETTE_AARCH64

@@ -11,10 +11,14 @@ namespace {
 const Int8Unit& unit_of(Isa isa) {
     if (!isa_available(isa))
         throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
+#if BITPALETTE_AVXVNNI
+    if (isa == Isa::avxvnni)
+        return int8_avxvnni;
+#endif
 #if BITPALETTE_X86
-    if (isa == Isa::avx512)
+    if (plain_isa(isa) == Isa::avx512)
         return int8_avx512;
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         return int8_avx2;
 #endif
 #if BITPALETTE_AARCH64

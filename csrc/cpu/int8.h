@@ -42,6 +42,7 @@ struct Int8Unit {
 extern const Int8Unit int8_scalar;
 #if BITPALETTE_X86
 extern const Int8Unit int8_avx2;
+extern const Int8Unit int8_avxvnni;
 extern const Int8Unit int8_avx512;
 #endif
 #if BITPALETTE_AARCH64

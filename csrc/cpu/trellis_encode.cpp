@@ -21,7 +21,7 @@ const TrellisStepUnit& unit_of(Isa isa) {
         return trellis_step_avx512vbmi;
     if (isa == Isa::avx512)
         return trellis_step_avx512;
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         return trellis_step_avx2;
 #endif
 #if BITPALETTE_AARCH64

@@ -50,6 +50,10 @@ TrellisLinearUnit trellis_linear_unit(Isa isa, const TrellisWeight& w) {
     if (w.out < 1 || w.in < 1)
         throw std::invalid_argument("trellis: a weight [" + std::to_string(w.out) + ", " + std::to_string(w.in) + "]");
     trellis_check(w.code);
+#if BITPALETTE_AVXVNNI
+    if (isa == Isa::avxvnni)
+        return trellis_linear_avxvnni;
+#endif
 #if BITPALETTE_X86
     if (isa == Isa::avx512vbmi)
         return {trellis_multiply_avx512vbmi, trellis_linear_avx512.decode};

@@ -35,6 +35,7 @@ TrellisLinearUnit trellis_linear_unit(Isa isa, const TrellisWeight& w);
 extern const TrellisLinearUnit trellis_linear_scalar;
 #if BITPALETTE_X86
 extern const TrellisLinearUnit trellis_linear_avx2;
+extern const TrellisLinearUnit trellis_linear_avxvnni;
 extern const TrellisLinearUnit trellis_linear_avx512;
 extern const TrellisMultiply trellis_multiply_avx512vbmi;
 #endif

@@ -9,9 +9,9 @@ const VectorMath& vector_math(Isa isa) {
     if (!isa_available(isa))
         throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa));
 #if BITPALETTE_X86
-    if (isa == Isa::avx512)
+    if (plain_isa(isa) == Isa::avx512)
         return vector_math_avx512;
-    if (isa == Isa::avx2)
+    if (plain_isa(isa) == Isa::avx2)
         return vector_math_avx2;
 #endif
 #if BITPALETTE_AARCH64

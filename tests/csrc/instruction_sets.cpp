@@ -445,19 +445,17 @@ int main() {
         const Isa isa = static_cast<Isa>(i);
         if (!isa_available(isa))
             continue;
-        // what has no code for AVX-512 with VBMI takes that for AVX-512, see bind/bind.h
-        const Isa others = isa == Isa::avx512vbmi ? Isa::avx512 : isa;
-        compare_activations(others);
-        compare_outputs(others);
-        compare_transforms(others);
-        compare_codes(others);
-        compare_tables(others);
-        compare_int8(others);
+        compare_activations(isa);
+        compare_outputs(isa);
+        compare_transforms(isa);
+        compare_codes(isa);
+        compare_tables(isa);
+        compare_int8(isa);
         compare_trellis(isa);
-        compare_dense(others);
-        compare_vector_math(others);
-        compare_attention(others);
-        compare_bandwidth(others);
+        compare_dense(isa);
+        compare_vector_math(isa);
+        compare_attention(isa);
+        compare_bandwidth(isa);
         compare_encoder(isa);
         names += std::string(" ") + isa_name(isa);
     }

@@ -19,20 +19,16 @@ using Make = std::function<std::unique_ptr<LinearWeight>(Isa isa, InputForm form
 constexpr Dtype dtypes[] = {Dtype::f32, Dtype::f16, Dtype::bf16};
 constexpr float unwritten = 12345.0f;
 
-// As csrc/bind/ does it: only trellis kernels have code of their own for VBMI.
-Isa for_all(Isa isa) {
-    return isa == Isa::avx512vbmi ? Isa::avx512 : isa;
-}
-
 // What quantizing the input costs.
 double bound_of(InputForm form) {
     return form == InputForm::f32 ? 1e-5 : form == InputForm::int16_by_256 ? 3e-4 : 0.03;
 }
 
+// Only trellis kernels have code of their own for VBMI.
 std::vector<Isa> isas(bool with_vbmi) {
     std::vector<Isa> found;
     for (int i = 0; i < isa_count; ++i)
-        if (isa_available(static_cast<Isa>(i)) && (with_vbmi || for_all(static_cast<Isa>(i)) == static_cast<Isa>(i)))
+        if (isa_available(static_cast<Isa>(i)) && (with_vbmi || static_cast<Isa>(i) != Isa::avx512vbmi))
             found.push_back(static_cast<Isa>(i));
     return found; // scalar first
 }
@@ -42,7 +38,7 @@ Exact<float> multiply(Isa isa, const LinearWeight& w, const Exact<unsigned char>
     const int64_t gap = 3, row = w.out + gap;
     Exact<float> y(tokens * row - gap), dense(tokens * w.out);
     y.fill(unwritten);
-    Activations input(for_all(isa)); // a new one, whose buffers are not larger than they must be
+    Activations input(isa); // a new one, whose buffers are not larger than they must be
     input.set(x.data(), dtype, tokens, w.in, nullptr, 1);
     if (block_by_block) {
         input.need(w.form());

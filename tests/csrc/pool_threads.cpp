@@ -205,7 +205,7 @@ void check_tables(Isa isa) {
         trellis_encode(isa, x.data(), tiles, code, codes[i].data(), nullptr, 2);
         levels[i].resize(static_cast<size_t>(rows * entries));
         kmeans_rows(values.data(), weights.data(), rows, n, entries, levels[i].data(), 2);
-        InputTransform transform(isa == Isa::avx512vbmi ? Isa::avx512 : isa, 72);
+        InputTransform transform(isa, 72);
         transform.add_rotate();
         rotated[i].resize(72);
         transform.apply_rows(x.data(), rotated[i].data(), 1, 2);
