@@ -31,6 +31,7 @@ struct Neon {
     static constexpr int most_tokens = 4; // 8 need 32 registers for their sums alone
     static constexpr int most_sums = 2;
     static constexpr int table_offset = 0;
+    static constexpr bool shifts_bytes = true;
 
     static Floats zero() { return all(0); }
     static Floats all(float value) {

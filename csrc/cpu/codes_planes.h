@@ -48,11 +48,16 @@ struct Planes {
     }
 
   private:
-    // The bits of `mask` from bit `from` of the bytes of a register, moved to bit `to`. Shifts are of wider words: what
-    // they bring in from a neighbouring byte is masked out.
+    // The bits of `mask` from bit `from` of the bytes of a register, moved to bit `to`. Where shifts are of wider
+    // words, what they bring in from a neighbouring byte is masked out.
     template <int from, int to, int mask>
     static BITPALETTE_INLINE typename V::Codes part(const uint8_t* tile, int index) {
-        return V::masked(V::template shift<from - to>(V::load_codes(tile + codes_plane_bytes * index)), mask << to);
+        const typename V::Codes moved = V::template shift<from - to>(V::load_codes(tile + codes_plane_bytes * index));
+        constexpr int brought = from >= to ? 255 >> (from >= to ? from - to : 0) : 255; // bits that a shift leaves
+        if constexpr (V::shifts_bytes && brought == mask << to)
+            return moved;
+        else
+            return V::masked(moved, mask << to);
     }
     template <int from, int to, int mask>
     static BITPALETTE_INLINE typename V::Codes add(typename V::Codes code, const uint8_t* tile, int index) {

@@ -16,6 +16,7 @@ struct RowX86 {
     // Products take unsigned bytes, which a table's are; table_offset: how far they are above the levels they stand
     // for.
     static constexpr int table_offset = 128;
+    static constexpr bool shifts_bytes = false;
     template <class Codes>
     static Codes table_bytes(Codes c) {
         return c;

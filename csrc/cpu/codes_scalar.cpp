@@ -17,6 +17,7 @@ struct Scalar {
     using Table = Floats;
     using Row = Array<uint8_t, codes_tile_columns>;
     static constexpr int table_offset = 128;
+    static constexpr bool shifts_bytes = true;
     static constexpr int most_tokens = 1; // it is not about speed, and each count takes seconds to compile
     static constexpr int most_sums = 1;
 

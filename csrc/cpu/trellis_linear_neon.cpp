@@ -30,10 +30,6 @@ struct Levels {
     int16x8_t even, odd;
 };
 
-inline uint16x8_t u16(uint32x4_t x) {
-    return vreinterpretq_u16_u32(x);
-}
-
 inline Pairs load_window_pairs(const void* from) {
     const auto* words = static_cast<const uint32_t*>(from);
     return {vld1q_u32(words), vld1q_u32(words + 4)};
@@ -94,18 +90,6 @@ inline int8x16_t centred(uint32x4_t product) {
     return vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_u32(product), vdupq_n_u8(128)));
 }
 
-inline Sums add_even_products(Sums s, Pairs p, const InputRow& x) {
-    s.a = vdotq_s32(s.a, centred(p.a), vreinterpretq_s8_s16(vtrn1q_s16(x.a, x.a)));
-    s.b = vdotq_s32(s.b, centred(p.b), vreinterpretq_s8_s16(vtrn1q_s16(x.b, x.b)));
-    return s;
-}
-
-inline Sums add_odd_products(Sums s, Pairs p, const InputRow& x) {
-    s.a = vdotq_s32(s.a, centred(p.a), vreinterpretq_s8_s16(vtrn2q_s16(x.a, x.a)));
-    s.b = vdotq_s32(s.b, centred(p.b), vreinterpretq_s8_s16(vtrn2q_s16(x.b, x.b)));
-    return s;
-}
-
 inline InputRow load_input_row(const void* from) {
     const auto* shorts = static_cast<const int16_t*>(from);
     return {vld1q_s16(shorts), vld1q_s16(shorts + 8)};
@@ -162,16 +146,17 @@ struct NeonBytes {
         Neon::Floats first, second;
     };
     struct Ints {
-        Sums first, second;
+        int32x4_t a, b, c, d; // a and b of the first row
     };
     struct WindowPairs {
         Pairs first, second;
     };
+    // Products; c and d of the second row. Not in pairs: GCC 12 would pass those through memory.
     struct Even {
-        Pairs first, second;
+        uint32x4_t a, b, c, d;
     };
     struct Odd {
-        Pairs first, second;
+        uint32x4_t a, b, c, d;
     };
     static constexpr int lanes = 16, rows = 2;
 
@@ -184,18 +169,17 @@ struct NeonBytes {
     static Floats multiply_add(Floats x, Floats y, Floats z) {
         return {Neon::multiply_add(x.first, y.first, z.first), Neon::multiply_add(x.second, y.second, z.second)};
     }
-    static Floats to_floats(Ints i) { return {Neon::to_floats(i.first), Neon::to_floats(i.second)}; }
+    static Floats to_floats(Ints i) { return {Neon::to_floats({i.a, i.b}), Neon::to_floats({i.c, i.d})}; }
     static void row_totals(Floats f, float* to) {
         Neon::row_totals(f.first, to);
         Neon::row_totals(f.second, to + 1);
     }
     static Ints zero() {
         const int32x4_t none = vdupq_n_s32(0);
-        return {{none, none}, {none, none}};
+        return {none, none, none, none};
     }
     static Ints add(Ints x, Ints y) {
-        return {{vaddq_s32(x.first.a, y.first.a), vaddq_s32(x.first.b, y.first.b)},
-                {vaddq_s32(x.second.a, y.second.a), vaddq_s32(x.second.b, y.second.b)}};
+        return {vaddq_s32(x.a, y.a), vaddq_s32(x.b, y.b), vaddq_s32(x.c, y.c), vaddq_s32(x.d, y.d)};
     }
     static WindowPairs load_aligned(const void* from) {
         return {load_window_pairs(from), load_window_pairs(static_cast<const uint32_t*>(from) + trellis_pairs)};
@@ -204,14 +188,22 @@ struct NeonBytes {
     // -510 x to 2 x: -510 * 0x01010101 = -2 * 0xFFFFFFFF = 2 mod 2^32
     static Ints load_pairs(const int32_t* from) {
         const Sums offset = load_offsets(from);
-        const Sums start = {vmulq_n_s32(offset.a, 0x01010101), vmulq_n_s32(offset.b, 0x01010101)};
-        return {start, start};
+        const int32x4_t a = vmulq_n_s32(offset.a, 0x01010101), b = vmulq_n_s32(offset.b, 0x01010101);
+        return {a, b, a, b};
     }
     static Ints add_byte_products(Ints s, const Even& p, const InputRow& x) {
-        return {add_even_products(s.first, p.first, x), add_even_products(s.second, p.second, x)};
+        return add_dots(s, p, vtrn1q_s16(x.a, x.a), vtrn1q_s16(x.b, x.b));
     }
     static Ints add_byte_products(Ints s, const Odd& p, const InputRow& x) {
-        return {add_odd_products(s.first, p.first, x), add_odd_products(s.second, p.second, x)};
+        return add_dots(s, p, vtrn2q_s16(x.a, x.a), vtrn2q_s16(x.b, x.b));
+    }
+
+  private:
+    template <class Products>
+    static Ints add_dots(Ints s, const Products& p, int16x8_t a, int16x8_t b) {
+        const int8x16_t x = vreinterpretq_s8_s16(a), y = vreinterpretq_s8_s16(b);
+        return {vdotq_s32(s.a, centred(p.a), x), vdotq_s32(s.b, centred(p.b), y), vdotq_s32(s.c, centred(p.c), x),
+                vdotq_s32(s.d, centred(p.d), y)};
     }
 };
 
@@ -259,7 +251,7 @@ struct Decoder<NeonBytes, true> {
 
     Products<NeonBytes> operator()(const uint8_t* const* pieces) const {
         const Columns x = first(pieces[0], mask, factor), y = second(pieces[1], mask, factor);
-        return {{x.even, y.even}, {x.odd, y.odd}};
+        return {{x.even.a, x.even.b, y.even.a, y.even.b}, {x.odd.a, x.odd.b, y.odd.a, y.odd.b}};
     }
 };
 

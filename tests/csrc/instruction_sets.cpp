@@ -158,7 +158,8 @@ void compare_outputs(Isa isa) {
             for (const bool biased : {false, true}) {
                 Block<float> y = random.floats(3 * out);
                 y[0] = std::numeric_limits<float>::infinity();
-                y[static_cast<size_t>(3 * out - 1)] = 1e-7f; // subnormal in 16 bits
+                y[static_cast<size_t>(3 * out - 1)] = 1e-7f;             // subnormal in 16 bits
+                y[static_cast<size_t>(out)] = float_of_bits(0x7F800001); // NaN in bits that 16-bit floats lack
                 const Block<float> bias = random.floats(out);
                 const Block<uint16_t> half = rounded(bias.get(), out, dtype == Dtype::f32 ? Dtype::f16 : dtype);
                 const void* b = dtype == Dtype::f32 ? static_cast<const void*>(bias.get()) : half.get();

@@ -22,6 +22,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = "tests/csrc/instruction_sets.cpp"
 NATIVE = platform.machine() in ("aarch64", "arm64")
+ZIG_FLAGS = {"-march=armv8.2-a+dotprod": "-mcpu=generic+v8_2a+dotprod"}
+"""zig has its own words for instruction sets."""
 
 
 def build_script() -> ModuleType:
@@ -69,7 +71,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = str(folder / f"{Path(source).stem}.o")
         # not -O3, which takes four times as long
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
-        run(*flags, *build.isa_flags(source), "-c", str(ROOT / source), "-o", target)
+        isa = [ZIG_FLAGS.get(flag, flag) if "ziglang" in compiler else flag for flag in build.isa_flags(source)]
+        run(*flags, *isa, "-c", str(ROOT / source), "-o", target)
         return target
 
     sources.sort(key=lambda name: "codes_" not in name)  # those that take longest first
