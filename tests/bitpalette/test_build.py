@@ -101,7 +101,7 @@ def test_sources_follow_the_machine(build: ModuleType, native: Path, machine: st
 def test_flags_follow_the_file_name(build: ModuleType) -> None:
     assert build.isa_flags("csrc/cpu/pool.cpp") == []
     assert build.isa_flags("csrc/cpu/int4_scalar.cpp") == []
-    assert build.isa_flags("csrc/cpu/int4_neon.cpp") == []
+    assert build.isa_flags("csrc/cpu/int4_neon.cpp") == ["-march=armv8.2-a+dotprod"]
     assert build.isa_flags("csrc/cpu/int4_avx2.cpp") == ["-mavx2", "-mfma", "-mf16c"]
     assert "-mavx512vnni" in build.isa_flags("csrc/cpu/int4_avx512.cpp")
     assert "-mavx512vbmi" not in build.isa_flags("csrc/cpu/int4_avx512.cpp")
