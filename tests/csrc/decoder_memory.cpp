@@ -69,7 +69,7 @@ bool run(Isa isa, Dtype dtype, Dtype cache, int64_t hidden, int64_t wide, int64_
     const std::unique_ptr<float[]> logits(new float[static_cast<size_t>(8 * vocabulary)]);
     int64_t at = 0;
     bool finite = true;
-    for (int64_t n = 1; at < 70; at += n, n = n % 8 + 1) {
+    for (int64_t n = 1; at < 40; at += n, n = n % 8 + 1) {
         std::vector<int64_t> tokens(static_cast<size_t>(n), at % vocabulary);
         decoder.step(tokens.data(), n, at, logits.get(), n, 1);
         for (int64_t i = 0; i < n * vocabulary; ++i)

@@ -119,10 +119,10 @@ void check_nested() {
         fail("nested calls have done " + std::to_string(total.load()) + " of 80");
 }
 
-// Weights of all kinds, enough for two threads, on one input; the first of an input is multiplied by one thread.
+// Weights of all kinds on one input.
 class Layers {
   public:
-    static constexpr int64_t out = 144, in = 1024;
+    static constexpr int64_t out = 80, in = 512;
 
     explicit Layers(Isa isa) : isa_(isa) {
         Numbers numbers(3);
@@ -176,12 +176,12 @@ class Layers {
 
 void check_layers(Isa isa) {
     const Layers layers(isa);
-    for (const int64_t tokens : {1, 3, 9}) {
+    for (const int64_t tokens : {4, 9}) { // at 9, all are enough for two threads
         std::vector<std::vector<float>> expected;
         for (uint32_t i = 0; i < callers; ++i)
             expected.push_back(layers.run(i, tokens, 1));
         at_once([&](int i) {
-            for (int turn = 0; turn < 3; ++turn)
+            for (int turn = 0; turn < 2; ++turn)
                 if (layers.run(static_cast<uint32_t>(i), tokens, 3) != expected[static_cast<size_t>(i)])
                     fail(std::string("several threads get other outputs than one on ") + isa_name(isa));
         });
