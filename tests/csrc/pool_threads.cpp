@@ -176,7 +176,7 @@ class Layers {
 
 void check_layers(Isa isa) {
     const Layers layers(isa);
-    for (const int64_t tokens : {4, 9}) { // at 9, all are enough for two threads
+    for (const int64_t tokens : {4, 9}) { // all together are enough for several threads
         std::vector<std::vector<float>> expected;
         for (uint32_t i = 0; i < callers; ++i)
             expected.push_back(layers.run(i, tokens, 1));

@@ -24,7 +24,7 @@ from bitpalette.quant.tensor import QuantizedTensor
 pytestmark = pytest.mark.skipif(not available_isas(), reason="the CPU extension is not built")
 
 ROOT = Path(__file__).resolve().parents[2]
-IN, OUT = 384, 1040  # enough for two threads, at one token and 4 bits too
+IN, OUT = 576, 1552  # enough for two threads, at one token and 4 bits too
 SCHEMES = (
     {"codec": "int", "bits": 4, "group_size": 32},
     {"codec": "int", "bits": 8},
@@ -104,8 +104,8 @@ from bitpalette.quant.solver import quantize_tensor
 
 torch.set_num_threads(3)
 scheme = Scheme.from_dict({"codec": "int", "bits": 4, "group_size": 32})
-layer = QuantLinear.from_tensor(quantize_tensor(torch.randn(1040, 384), scheme))
-x = torch.randn(5, 384)
+layer = QuantLinear.from_tensor(quantize_tensor(torch.randn(1552, 576), scheme))
+x = torch.randn(5, 576)
 if sys.argv[1] == "own":
     cpu_module().use_openmp_runtime(0, 0, 0)
 with torch.no_grad():
@@ -154,8 +154,8 @@ from bitpalette.quant.scheme import Scheme
 from bitpalette.quant.solver import quantize_tensor
 
 torch.set_num_threads(3)
-layer = QuantLinear.from_tensor(quantize_tensor(torch.randn(1040, 384), Scheme.from_dict({"codec": "int", "bits": 4})))
-inputs = torch.randn(8, 4, 384)
+layer = QuantLinear.from_tensor(quantize_tensor(torch.randn(1552, 576), Scheme.from_dict({"codec": "int", "bits": 4})))
+inputs = torch.randn(8, 4, 576)
 
 
 class Outputs(Dataset):
