@@ -1,7 +1,7 @@
 """Codec `int` on a CPU, natively: 1 to 8 bits from code planes (csrc/cpu/codes.h has the layout and its picture).
 
-Up to `most_tokens` rows of x are multiplied by the kernel, in the form that `activation_form` says; above that the
-weight is decoded row block by row block, exactly, and multiplied in float32.
+Any number of rows of x is multiplied in the form that `activation_form` says; int8 has a scale for 32 columns up to 8
+rows and for 128 above that, where tokens are multiplied from a panel (csrc/cpu/panel_gemm.h).
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ class CpuIntKernel(NativeLinear):
     rank = 100
     canonical = False
     most_tokens = 32
-    """Integers are faster at any count with AVX-512 VNNI (2.4 times at 64 tokens, one thread); above this it is a
-    prefill or an evaluation, which gets exact products."""
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if device.type != "cpu":

@@ -1,7 +1,7 @@
 """Kernels in native code: one call for every codec, and for layers that share an input (csrc/cpu/linear.h).
 
-A kernel of this kind says how a weight is packed and makes the native `LinearWeight` of it. Up to MOST_TOKENS rows of x
-go through its own multiplication; above that, row blocks are decoded and go through torch's matmul.
+A kernel of this kind says how a weight is packed and makes the native `LinearWeight` of it, which multiplies any number
+of tokens: a few by its own loops, many piece by piece from a panel (csrc/cpu/panel_gemm.h).
 """
 
 from __future__ import annotations
@@ -15,20 +15,14 @@ from torch import Tensor
 from ..quant.native import DTYPES, cpu_module
 from .base import Packed
 from .isa import OnInstructionSet
-from .rows import row_blocks
-
-WIDE_BLOCK_ELEMENTS = 1 << 19
 
 
 class NativeLinear(OnInstructionSet):
-    """Base of the kernels in csrc/cpu that are `LinearWeight`s.
-
-    A layer calls the native weight itself for up to most_tokens rows (kernels/native_call.py), and `transformed_linear`
-    for more.
-    """
+    """Base of the kernels in csrc/cpu that are `LinearWeight`s."""
 
     name: str
     most_tokens = 8
+    """Up to as many rows a layer keeps its call (kernels/native_call.py); with more, what a call costs does not count."""
 
     def make_native(self, packed: Packed) -> Any:
         """A new `LinearWeight` over the tensors of `packed`. It keeps their addresses; `packed` keeps them alive."""
@@ -45,39 +39,15 @@ class NativeLinear(OnInstructionSet):
 
     def transformed_linear(self, x: Tensor, packed: Packed, bias: Tensor | None, transform: Any) -> Tensor:
         """y [tokens, out] = T(x) W^T + bias for x [tokens, in]; transform: a native `InputTransform`, or None."""
-        if x.shape[0] > self.most_tokens:
-            return self._wide_linear(x, packed, bias, transform)
         y = x.new_empty(x.shape[0], packed.shape[0])
         native_linear([self.native(packed)], self.resolve_isa(), transform, x, [bias], [y])
         return y
 
     def rows(self, packed: Packed, index: Tensor) -> Tensor:
         out = torch.empty(index.shape[0], packed.shape[1])
-        self._decode(packed, index.contiguous(), out)
-        return out
-
-    def _decode(self, packed: Packed, index: Tensor, out: Tensor) -> None:
+        index = index.contiguous()
         self.native(packed).rows(index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
-
-    def _wide_linear(self, x: Tensor, packed: Packed, bias: Tensor | None, transform: Any) -> Tensor:
-        z = x.float() if transform is None else transform_rows(x, transform)
-        y = torch.empty(x.shape[0], packed.shape[0])
-        # one buffer for all blocks, small enough for the cache: fresh pages for each cost more than decoding into them
-        blocks = list(row_blocks(*packed.shape, WIDE_BLOCK_ELEMENTS))
-        buffer = torch.empty(blocks[0][1], packed.shape[1])
-        for start, stop in blocks:
-            w = buffer[: stop - start]
-            self._decode(packed, torch.arange(start, stop), w)
-            torch.mm(z, w.T, out=y[:, start:stop])
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
-
-
-def transform_rows(x: Tensor, transform: Any) -> Tensor:
-    """T x, float32, for every row of x [tokens, in] by a native `InputTransform`."""
-    x = x.float().contiguous()
-    y = torch.empty_like(x)
-    transform.apply(x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads())
-    return y
+        return out
 
 
 def native_linear(

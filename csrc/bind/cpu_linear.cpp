@@ -70,6 +70,23 @@ class LinearCall {
 
     // y[i] [tokens, out_i] = T(x) W_i^T + bias_i, all of dtype; bias 0: none.
     void run(const void* x, Dtype dtype, int64_t tokens, const uintptr_t* bias, const uintptr_t* y, int threads) const {
+        const int64_t element = dtype == Dtype::f32 ? 4 : 2;
+        int64_t first = 0;
+        do {
+            const int64_t n = std::min(tokens - first, most_tokens);
+            run_some(static_cast<const char*>(x) + first * weights_[0]->in * element, dtype, n, bias, y, first,
+                     threads);
+            first += n;
+        } while (first < tokens);
+    }
+
+  private:
+    // What is kept between calls is bounded by as many tokens; unpacking a weight for each takes 2 % of their time.
+    static constexpr int64_t most_tokens = 512;
+
+    // Rows first..first+tokens-1 of y from as many of x.
+    void run_some(const void* x, Dtype dtype, int64_t tokens, const uintptr_t* bias, const uintptr_t* y, int64_t first,
+                  int threads) const {
         thread_local std::vector<std::unique_ptr<Activations>> inputs(isa_count); // kept between calls
         thread_local std::vector<float> room;
         thread_local std::vector<LinearOutput> outputs;
@@ -85,16 +102,19 @@ class LinearCall {
             room.resize(columns * static_cast<size_t>(tokens));
         outputs.clear();
         float* next = room.data();
+        const auto row_of = [&](size_t i) {
+            return at<char>(y[i]) + first * weights_[i]->out * (dtype == Dtype::f32 ? 4 : 2);
+        };
         for (size_t i = 0; i < size(); next += tokens * weights_[i]->out, ++i)
-            outputs.push_back({weights_[i].get(), direct ? at<float>(y[i]) : next, weights_[i]->out});
+            outputs.push_back(
+                {weights_[i].get(), direct ? reinterpret_cast<float*>(row_of(i)) : next, weights_[i]->out});
         linear_group(outputs.data(), static_cast<int>(size()), *input, threads);
         for (size_t i = 0; i < size(); ++i)
             if (!direct || bias[i] != 0)
                 store_outputs(isa_, outputs[i].y, outputs[i].y_row, tokens, weights_[i]->out, at<const void>(bias[i]),
-                              dtype, at<void>(y[i]));
+                              dtype, row_of(i));
     }
 
-  private:
     Weights weights_;
     Isa isa_;
     std::shared_ptr<const InputTransform> transform_;

@@ -18,10 +18,6 @@ constexpr size_t line = 64;
 // Below this many columns a thread (about 10 us), waking another one (about 2 us) costs more than it saves.
 constexpr int64_t columns_per_thread = 8192;
 
-int block_of(InputForm form) {
-    return form == InputForm::int8_by_32 ? 32 : 256;
-}
-
 int useful_threads(int64_t columns, int64_t tokens, int threads) {
     return static_cast<int>(
         std::clamp<int64_t>(columns / columns_per_thread, 1, std::max<int64_t>(std::min<int64_t>(threads, tokens), 1)));
@@ -91,12 +87,14 @@ void Activations::set(const void* x, Dtype dtype, int64_t tokens, int64_t in, co
 }
 
 void Activations::need(InputForm form, int threads) {
-    Quantized& q = quantized_[static_cast<int>(form)];
-    if (form == InputForm::f32 || q.made)
+    if (form == InputForm::f32)
+        return;
+    Quantized& q = quantized_[static_cast<size_t>(form)];
+    if (q.made)
         return;
     const bool planes = form == InputForm::int16_by_256;
     const size_t size = static_cast<size_t>(tokens_ * row_);
-    const int block = block_of(form);
+    const int block = input_block(form);
     grow(q.codes, size);
     grow(q.low, planes ? size : 0);
     grow(q.scale, size / static_cast<size_t>(block));
@@ -119,9 +117,9 @@ void Activations::need(InputForm form, int threads) {
 }
 
 Int8Blocks Activations::int8(InputForm form) const {
-    const Quantized& q = quantized_[static_cast<int>(form)];
+    const Quantized& q = quantized_[static_cast<size_t>(form)];
     const int8_t* low = form == InputForm::int16_by_256 ? q.low.data() : nullptr;
-    return {q.codes.data(), low, q.scale.data(), q.sum.data(), row_, block_of(form)};
+    return {q.codes.data(), low, q.scale.data(), q.sum.data(), row_, input_block(form)};
 }
 
 } // namespace bitpalette

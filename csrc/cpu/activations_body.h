@@ -94,6 +94,8 @@ template <class V>
 void quantize(const float* x, int64_t blocks, int block, int8_t* codes, int8_t* low, float* scale, int32_t* sum) {
     if (block == 32)
         quantize_blocks<V, 32, false>(x, blocks, codes, low, scale, sum);
+    else if (block == 128)
+        quantize_blocks<V, 128, false>(x, blocks, codes, low, scale, sum);
     else if (low == nullptr)
         quantize_blocks<V, 256, false>(x, blocks, codes, low, scale, sum);
     else

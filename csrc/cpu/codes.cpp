@@ -1,10 +1,12 @@
 #include "codes.h"
 
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "half.h"
+#include "panel_gemm_unit.h"
 
 namespace bitpalette {
 namespace {
@@ -44,6 +46,20 @@ void check(const CodesParts& p) {
                                     std::to_string(p.bits) + " bits");
 }
 
+PanelKind panel_of(Isa isa, InputForm form, const CodesParts& p) {
+    PanelKind kind{};
+    kind.unit = panel_unit(isa);
+    kind.fewest_tokens = 9;
+    kind.unpacked = form == InputForm::f32 ? PanelType::f32 : PanelType::uint8;
+    kind.form = form == InputForm::int8_by_32 ? InputForm::int8_by_128 : form;
+    const int block = input_block(kind.form);
+    kind.span = p.group_size == 0 ? block : static_cast<int>(std::gcd<int64_t>(p.group_size, block));
+    if (form != InputForm::f32 && p.zero == nullptr)
+        kind.bias = p.table != nullptr ? 128 : p.bits == 1 ? 1 : 1 << (p.bits - 1);
+    kind.has_offset = p.zero != nullptr;
+    return kind;
+}
+
 } // namespace
 
 CodesWeight::CodesWeight(Isa isa, InputForm form, const CodesParts& p) : LinearWeight(p.out, p.in), form_(form) {
@@ -70,6 +86,7 @@ CodesWeight::CodesWeight(Isa isa, InputForm form, const CodesParts& p) : LinearW
     if (functions_.multiply == nullptr)
         throw std::invalid_argument("codes: no kernel for input form " + std::to_string(static_cast<int>(form)) +
                                     (p.table == nullptr ? "" : " and a table"));
+    panel_ = panel_of(isa, form, p);
 }
 
 int64_t CodesWeight::bytes() const {
@@ -97,6 +114,10 @@ void CodesWeight::multiply(const Activations& x, float* y, int64_t y_row, int64_
         input.start = starts.data();
     }
     functions_.multiply(view_, input, y, y_row, begin, end);
+}
+
+void CodesWeight::unpack(int64_t block, int64_t begin, int64_t end, const PanelBlock& to) const {
+    functions_.unpack(view_, block, begin, end, panel_.span, to);
 }
 
 void CodesWeight::decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const {

@@ -58,12 +58,15 @@ class CodesWeight : public LinearWeight {
     InputForm form() const override { return form_; }
     int64_t bytes() const override;
     void multiply(const Activations& x, float* y, int64_t y_row, int64_t begin, int64_t end) const override;
+    const PanelKind* panel() const override { return panel_.unit == nullptr ? nullptr : &panel_; }
+    void unpack(int64_t block, int64_t begin, int64_t end, const PanelBlock& to) const override;
     void decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const override;
 
   private:
     InputForm form_;
     CodesView view_;
     CodesFunctions functions_;
+    PanelKind panel_;
     float levels_[16] = {}; // the one table in float32
 };
 

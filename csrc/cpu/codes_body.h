@@ -372,13 +372,47 @@ void decode_levels(const CodesView& w, int64_t row, float* to) {
     });
 }
 
+// Quads k..7 of a tile, a step of a panel each.
+template <class V, class Levels, int k = 0>
+BITPALETTE_INLINE void unpack_quads(const Levels& levels, const uint8_t* tile, uint8_t* to) {
+    const typename V::Codes quad = levels.template quad<k>(tile);
+    static_assert(sizeof quad == panel_step_bytes);
+    std::memcpy(to + k * panel_step_bytes, &quad, sizeof quad);
+    if constexpr (k < 7)
+        unpack_quads<V, Levels, k + 1>(levels, tile, to);
+}
+
+template <class V, class Levels>
+void unpack(const CodesView& w, int64_t block, int64_t begin, int64_t end, int span, const PanelBlock& to) {
+    Levels levels;
+    levels.load(w, block);
+    const int64_t first = begin / tile_columns, last = end / tile_columns;
+    const uint8_t* codes = w.codes + (block * w.tiles + first) * Levels::tile_bytes;
+    for (int64_t tile = first; tile < last; ++tile, codes += Levels::tile_bytes) {
+        // what is unpacked next: while this is multiplied there is time for it to come
+        for (int line = 0; line < Levels::tile_bytes; line += 64)
+            __builtin_prefetch(codes + (last - first) * Levels::tile_bytes + line, 0, 2);
+        unpack_quads<V, Levels>(levels, codes, to.values + (tile - first) * tile_columns * lanes);
+    }
+    for (int64_t column = begin, s = 0; column < end; column += span, ++s) {
+        const int64_t parameters = (block * w.groups + column / tile_columns / w.tiles_per_group) * lanes;
+        const typename V::Floats scale = w.scale == nullptr ? V::all(1) : V::load_halves(w.scale + parameters);
+        V::store(to.scale + s * lanes, Levels::has_factor ? V::multiply(scale, levels.factor()) : scale);
+        if (w.zero != nullptr) {
+            const typename V::Floats zero = V::to_floats(V::load_bytes(w.zero + parameters));
+            V::store(to.offset + s * lanes, V::multiply(V::scaled(zero, -1), scale));
+        }
+    }
+}
+
 template <class V, int bits>
 CodesFunctions functions_of(const CodesView& w, InputForm form) {
-    CodesFunctions f{integer_starts<V>, float_sums, nullptr, decode_numbers<V, bits>};
+    CodesFunctions f{integer_starts<V>, float_sums, nullptr, unpack<V, Uniform<V, bits>>, decode_numbers<V, bits>};
     if constexpr (2 <= bits && bits <= 4)
         if (w.levels != nullptr || w.row_tables != nullptr) {
             const bool by_row = w.row_tables != nullptr;
             f.decode = decode_levels<V, bits>;
+            f.unpack = by_row ? unpack<V, ByRow<V, bits>> : unpack<V, Shared<V, bits>>;
             if (form == InputForm::int8_by_32)
                 f.multiply =
                     by_row ? multiply<InIntegers<V, ByRow<V, bits>, 1>> : multiply<InIntegers<V, Shared<V, bits>, 1>>;

@@ -40,6 +40,8 @@ struct CodesFunctions {
     void (*float_sums)(const CodesView& w, const CodesInput& x, float* negative_sum);
     // As LinearWeight::multiply.
     void (*multiply)(const CodesView& w, const CodesInput& x, float* y, int64_t y_row, int64_t begin, int64_t end);
+    // As LinearWeight::unpack, values uint8.
+    void (*unpack)(const CodesView& w, int64_t block, int64_t begin, int64_t end, int span, const PanelBlock& to);
     // One row [in], as the codec decodes it.
     void (*decode)(const CodesView& w, int64_t row, float* to);
 };

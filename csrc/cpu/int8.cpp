@@ -5,6 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "half.h"
+#include "panel_gemm_unit.h"
+
 namespace bitpalette {
 namespace {
 
@@ -38,11 +41,22 @@ Int8Unit::Multiply multiply_of(const Int8Unit& unit, InputForm form) {
     throw std::invalid_argument("int8: no kernel for input form " + std::to_string(static_cast<int>(form)));
 }
 
+PanelKind panel_of(Isa isa, InputForm form) {
+    PanelKind kind{};
+    kind.unit = panel_unit(isa);
+    kind.fewest_tokens = 9;
+    kind.unpacked = form == InputForm::f32 ? PanelType::f32 : PanelType::uint8;
+    kind.form = form == InputForm::int8_by_32 ? InputForm::int8_by_128 : form;
+    kind.span = input_block(kind.form);
+    kind.bias = form == InputForm::f32 ? 0 : 128;
+    return kind;
+}
+
 } // namespace
 
 Int8Weight::Int8Weight(Isa isa, InputForm form, const uint8_t* codes, const uint16_t* scale, int64_t out, int64_t in)
     : LinearWeight(out, in), form_(form), view_{codes, scale, out, in}, unit_(unit_of(isa)),
-      multiply_(multiply_of(unit_, form)) {
+      multiply_(multiply_of(unit_, form)), panel_(panel_of(isa, form)) {
     if (out < 1 || in < 1)
         throw std::invalid_argument("int8: a weight [" + std::to_string(out) + ", " + std::to_string(in) + "]");
 }
@@ -62,6 +76,30 @@ void Int8Weight::multiply(const Activations& x, float* y, int64_t y_row, int64_t
         input.start = start.data(), input.scale = scale.data();
     }
     multiply_(view_, input, y, y_row, begin * linear_block_rows, std::min(end * linear_block_rows, out));
+}
+
+void Int8Weight::unpack(int64_t block, int64_t begin, int64_t end, const PanelBlock& to) const {
+    constexpr int64_t whole = 64; // bytes, which `interleave` takes at a time
+    const int64_t row = block * panel_rows, last = std::min(end, in), full = (last - begin) / whole * whole;
+    const uint8_t* rows[panel_rows];
+    alignas(64) uint8_t rest[panel_rows][whole];
+    for (int64_t r = 0; r < panel_rows; ++r) { // rows that are not there repeat the last
+        rows[r] = view_.codes + std::min(row + r, out - 1) * in + begin;
+        std::copy_n(rows[r] + full, last - begin - full, rest[r]);
+        for (int64_t i = 0; i < end - begin; i += whole)
+            __builtin_prefetch(rows[r] + (end - begin) + i, 0, 2); // what is unpacked next
+    }
+    panel_.unit->interleave(rows, full / int8_quad_columns, to.values);
+    if (full < end - begin) {
+        alignas(64) uint8_t steps[panel_rows * whole];
+        for (int r = 0; r < panel_rows; ++r)
+            rows[r] = rest[r];
+        panel_.unit->interleave(rows, whole / int8_quad_columns, steps);
+        std::copy_n(steps, (end - begin - full) * panel_rows, to.values + full * panel_rows);
+    }
+    for (int64_t column = begin, s = 0; column < end; column += panel_.span, ++s)
+        for (int64_t r = 0; r < panel_rows; ++r)
+            to.scale[s * panel_rows + r] = row + r < out ? float_of_fp16(view_.scale[row + r]) : 0.0f;
 }
 
 void Int8Weight::decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const {

@@ -58,6 +58,8 @@ class Int8Weight : public LinearWeight {
     InputForm form() const override { return form_; }
     int64_t bytes() const override { return out * in; }
     void multiply(const Activations& x, float* y, int64_t y_row, int64_t begin, int64_t end) const override;
+    const PanelKind* panel() const override { return panel_.unit == nullptr ? nullptr : &panel_; }
+    void unpack(int64_t block, int64_t begin, int64_t end, const PanelBlock& to) const override;
     void decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const override;
 
   private:
@@ -65,6 +67,7 @@ class Int8Weight : public LinearWeight {
     Int8View view_;
     const Int8Unit& unit_;
     Int8Unit::Multiply multiply_;
+    PanelKind panel_;
 };
 
 } // namespace bitpalette

@@ -1,10 +1,13 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <deque>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "activations_ops.h"
+#include "panel_gemm.h"
 #include "parallel.h"
 
 namespace bitpalette {
@@ -24,34 +27,66 @@ int64_t work_of(int64_t bytes, int64_t tokens) {
     return bytes * (1 + tokens) / 2;
 }
 
+// Of one weight, in blocks of rows or in tiles.
+struct Job {
+    LinearOutput output;
+    const PanelInput* panel; // null: as it is for few tokens
+    int64_t count;
+};
+
 } // namespace
 
+void LinearWeight::unpack(int64_t, int64_t, int64_t, const PanelBlock&) const {
+    throw std::logic_error("a weight without a panel is not unpacked");
+}
+
 void linear_group(const LinearOutput* outputs, int n, Activations& x, int threads) {
-    int64_t blocks = 0, bytes = 0;
+    thread_local std::vector<Job> jobs;          // both are kept from call to call
+    thread_local std::deque<PanelInput> ordered; // jobs point into it
+    jobs.clear();
+    size_t inputs = 0;
+    int64_t count = 0, bytes = 0;
     for (int i = 0; i < n; ++i) {
-        if (outputs[i].weight->in != x.in())
-            throw std::invalid_argument("a weight takes " + std::to_string(outputs[i].weight->in) +
-                                        " features in, got " + std::to_string(x.in()));
-        x.need(outputs[i].weight->form(), threads);
-        blocks += outputs[i].weight->blocks();
-        bytes += outputs[i].weight->bytes();
+        const LinearWeight& w = *outputs[i].weight;
+        if (w.in != x.in())
+            throw std::invalid_argument("a weight takes " + std::to_string(w.in) + " features in, got " +
+                                        std::to_string(x.in()));
+        Job job{outputs[i], nullptr, w.blocks()};
+        if (w.panel() != nullptr && x.tokens() >= w.panel()->fewest_tokens) {
+            const auto end = ordered.begin() + static_cast<std::ptrdiff_t>(inputs);
+            auto input = std::find_if(ordered.begin(), end, [&](const auto& o) { return o.serves(*w.panel()); });
+            if (input == end) {
+                if (++inputs > ordered.size())
+                    ordered.emplace_back();
+                input = ordered.begin() + static_cast<std::ptrdiff_t>(inputs) - 1;
+                input->set(x, *w.panel(), threads);
+            }
+            job.panel = &*input;
+            job.count = panel_tiles(w);
+        } else {
+            x.need(w.form(), threads);
+        }
+        jobs.push_back(job);
+        count += job.count;
+        bytes += w.bytes();
     }
     struct Call {
-        const LinearOutput* outputs;
+        const Job* jobs;
         const Activations& x;
-    } call{outputs, x};
+    } call{jobs.data(), x};
     const auto body = [](void* context, int64_t begin, int64_t end) {
         const Call& c = *static_cast<const Call*>(context);
-        int64_t first = 0; // block of the present weight, counted over all
-        for (const LinearOutput* o = c.outputs; first < end; ++o) {
-            const int64_t from = std::max(begin, first) - first;
-            const int64_t to = std::min(end - first, o->weight->blocks());
-            if (from < to)
-                o->weight->multiply(c.x, o->y, o->y_row, from, to);
-            first += o->weight->blocks();
+        int64_t first = 0; // of the present job, counted over all
+        for (const Job* job = c.jobs; first < end; first += job->count, ++job) {
+            const int64_t from = std::max(begin, first) - first, to = std::min(end - first, job->count);
+            const LinearOutput& o = job->output;
+            if (from < to && job->panel != nullptr)
+                panel_multiply(*o.weight, *job->panel, o.y, o.y_row, from, to);
+            else if (from < to)
+                o.weight->multiply(c.x, o.y, o.y_row, from, to);
         }
     };
-    parallel_for(blocks, worth_waking(work_of(bytes, x.tokens()), bytes_per_thread, threads), body, &call);
+    parallel_for(count, worth_waking(work_of(bytes, x.tokens()), bytes_per_thread, threads), body, &call);
 }
 
 void linear_rows(const LinearWeight& w, const int64_t* index, int64_t n, float* rows, int threads) {

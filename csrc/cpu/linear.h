@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "activations.h"
+#include "panel.h"
 
 namespace bitpalette {
 
@@ -28,6 +29,13 @@ class LinearWeight {
     // rows[i * in ...] = row index[i] of W as the codec decodes it, for i in begin..end-1.
     virtual void decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const = 0;
 
+    // How the weight is unpacked for many tokens; null: `multiply` is for any number of them. Where the panel is of
+    // type f32, rows come from `decode`, else from `unpack`.
+    virtual const PanelKind* panel() const { return nullptr; }
+    // Rows 16 * block.. and columns begin..end-1, of which begin is a multiple of the span and end of 32: it may be
+    // beyond the last one.
+    virtual void unpack(int64_t block, int64_t begin, int64_t end, const PanelBlock& to) const;
+
     int64_t blocks() const { return (out + linear_block_rows - 1) / linear_block_rows; }
 
     const int64_t out, in;
@@ -40,7 +48,8 @@ struct LinearOutput {
     int64_t y_row;
 };
 
-// All outputs of one input, in one parallel region: x is brought into the forms the weights read first.
+// All outputs of one input, in one parallel region: x is brought into the forms the weights read first. From as many
+// tokens on as a weight's `panel` says it is multiplied piece by piece (panel_gemm.h).
 void linear_group(const LinearOutput* outputs, int n, Activations& x, int threads);
 
 // rows [n, in] = rows `index` of W. std::invalid_argument for an index out of range.

@@ -31,6 +31,18 @@ TrellisRowWindows windows_of(const TrellisCode& code) {
     return windows;
 }
 
+PanelKind panel_of(Isa isa, InputForm form, const TrellisLinearUnit& unit) {
+    PanelKind kind{};
+    kind.unit = unit.unpack == nullptr && form != InputForm::f32 ? nullptr : panel_unit(isa);
+    kind.fewest_tokens = 9;
+    kind.unpacked = form == InputForm::f32 ? PanelType::f32 : PanelType::int16;
+    kind.form = form;
+    // 32 bits hold the sum of 128 columns * 510 * 32512
+    kind.span = form == InputForm::int16_by_256 ? trellis_block / 2 : input_block(form);
+    kind.bias = form == InputForm::f32 ? 0 : 510;
+    return kind;
+}
+
 } // namespace
 
 const TrellisRowWindows& trellis_row_windows(const TrellisCode& code) {
@@ -56,7 +68,7 @@ TrellisLinearUnit trellis_linear_unit(Isa isa, const TrellisWeight& w) {
 #endif
 #if BITPALETTE_X86
     if (isa == Isa::avx512vbmi)
-        return {trellis_multiply_avx512vbmi, trellis_linear_avx512.decode};
+        return {trellis_multiply_avx512vbmi, trellis_linear_avx512.decode, trellis_unpack_avx512vbmi};
     if (isa == Isa::avx512)
         return trellis_linear_avx512;
     if (isa == Isa::avx2)
@@ -75,6 +87,7 @@ TrellisLinear::TrellisLinear(Isa isa, InputForm form, const uint8_t* codes, cons
       form_(form) {
     if (form == InputForm::int8_by_32)
         throw std::invalid_argument("trellis: inputs are float32, int8 or int16 by 256 columns, not int8 by 32");
+    panel_ = panel_of(isa, form, unit_);
     for (int64_t r = 0; r < out; ++r)
         scale_.push_back(float_of_fp16(scale[r]));
     weight_.scale = scale_.data();
@@ -100,6 +113,16 @@ void TrellisLinear::multiply(const Activations& x, float* y, int64_t y_row, int6
             }
         }
     }
+}
+
+void TrellisLinear::unpack(int64_t block, int64_t begin, int64_t end, const PanelBlock& to) const {
+    const int64_t first = begin / trellis_side, last = std::min(end / trellis_side, weight_.tiles());
+    unit_.unpack(weight_, block, first, last - first, *panel_.unit, to.values);
+    for (int64_t column = begin, s = 0; column < end; column += panel_.span, ++s)
+        for (int64_t r = 0; r < trellis_side; ++r) {
+            const int64_t row = block * trellis_side + r;
+            to.scale[s * trellis_side + r] = row < out ? weight_.scale[row] * (1.0f / 128) : 0.0f;
+        }
 }
 
 void TrellisLinear::decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const {

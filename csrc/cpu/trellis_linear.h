@@ -31,6 +31,8 @@ class TrellisLinear final : public LinearWeight {
     // A byte a weight: decoding runs at about 20 G weights/s, which is what a thread reads in bytes.
     int64_t bytes() const override { return out * in; }
     void multiply(const Activations& x, float* y, int64_t y_row, int64_t begin, int64_t end) const override;
+    const PanelKind* panel() const override { return panel_.unit == nullptr ? nullptr : &panel_; }
+    void unpack(int64_t block, int64_t begin, int64_t end, const PanelBlock& to) const override;
     void decode(const int64_t* index, int64_t begin, int64_t end, float* rows) const override;
 
   private:
@@ -38,6 +40,7 @@ class TrellisLinear final : public LinearWeight {
     TrellisWeight weight_;
     TrellisLinearUnit unit_;
     InputForm form_;
+    PanelKind panel_;
 };
 
 } // namespace bitpalette

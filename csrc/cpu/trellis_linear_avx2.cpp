@@ -6,7 +6,7 @@
 
 namespace bitpalette {
 
-const TrellisLinearUnit trellis_linear_avx2{multiply<Avx2>, decode<Avx2>};
+const TrellisLinearUnit trellis_linear_avx2{multiply<Avx2>, decode<Avx2>, unpack<Avx2>};
 
 } // namespace bitpalette
 #endif

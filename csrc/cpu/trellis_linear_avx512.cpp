@@ -63,7 +63,7 @@ struct Avx512 {
 
 } // namespace
 
-const TrellisLinearUnit trellis_linear_avx512{multiply<Avx512>, decode<Avx512>};
+const TrellisLinearUnit trellis_linear_avx512{multiply<Avx512>, decode<Avx512>, unpack<Avx512>};
 
 } // namespace bitpalette
 #endif

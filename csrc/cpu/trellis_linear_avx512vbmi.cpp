@@ -256,8 +256,62 @@ void multiply(const TrellisWeight& w, const TrellisVectors& x, int64_t tile_row,
     }
 }
 
+template <Fetch fetch>
+void unpack_tiles(const TrellisWeight& w, int64_t tile_row, int64_t first, int64_t tiles, uint8_t* to) {
+    const FetchTable& table = table_of(w.code);
+    const int m = w.code.m;
+    const int64_t tile_bytes = w.code.bytes();
+    const uint8_t* row = w.codes + tile_row * w.tiles() * tile_bytes;
+    // the last tile is read from a copy: loads go beyond its end
+    alignas(register_bytes) uint8_t last[2 * trellis_most_bits + register_bytes] = {};
+    std::memcpy(last, row + (w.tiles() - 1) * tile_bytes, static_cast<size_t>(tile_bytes));
+
+    const __m512i bytes[2] = {load(table.bytes[0]), load(table.bytes[1])};
+    const __m512i low_factor = _mm512_set1_epi16(static_cast<int16_t>(0xD12D));
+    const __m512i high_factor = _mm512_set1_epi16(static_cast<int16_t>(0x83DC));
+    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1 << w.code.window) - 1));
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int64_t c = 0; c < tiles; ++c) {
+        const uint8_t* tile = row + (first + c) * tile_bytes;
+        for (int64_t line = 0; line < tile_bytes; line += register_bytes) // what is unpacked next
+            _mm_prefetch(reinterpret_cast<const char*>(tile) + tiles * tile_bytes + line, _MM_HINT_T1);
+        const Sources<fetch> sources(first + c == w.tiles() - 1 ? last : tile, m, table, bytes);
+        for (int g = 0; g < groups; ++g, to += 2 * panel_step_bytes) {
+            __m512i level[2];
+            for (int half = 0; half < 2; ++half) {
+                const __m512i source = sources.at[half][g * Sources<fetch>::parts / groups];
+                const __m512i state =
+                    _mm512_and_si512(_mm512_multishift_epi64_epi8(load(table.windows[g]), source), mask);
+                const __m512i low = _mm512_mullo_epi16(state, low_factor);
+                const __m512i high =
+                    _mm512_add_epi16(_mm512_mulhi_epu16(state, low_factor), _mm512_mullo_epi16(state, high_factor));
+                level[half] = _mm512_add_epi16(_mm512_maddubs_epi16(low, ones), _mm512_maddubs_epi16(high, ones));
+            }
+            // a 64-bit lane is a row of 8, with two pairs of columns
+            _mm512_store_si512(to, _mm512_permutex2var_epi32(level[0], even, level[1]));
+            _mm512_store_si512(to + panel_step_bytes, _mm512_permutex2var_epi32(level[0], odd, level[1]));
+        }
+    }
+}
+
+void unpack(const TrellisWeight& w, int64_t tile_row, int64_t first, int64_t tiles, const PanelUnit&, uint8_t* to) {
+    switch (table_of(w.code).fetch) {
+    case Fetch::tile:
+        return unpack_tiles<Fetch::tile>(w, tile_row, first, tiles, to);
+    case Fetch::half:
+        return unpack_tiles<Fetch::half>(w, tile_row, first, tiles, to);
+    case Fetch::twice:
+        return unpack_tiles<Fetch::twice>(w, tile_row, first, tiles, to);
+    case Fetch::quads:
+        return unpack_tiles<Fetch::quads>(w, tile_row, first, tiles, to);
+    }
+}
+
 } // namespace
 
+const TrellisUnpack trellis_unpack_avx512vbmi = unpack;
 const TrellisMultiply trellis_multiply_avx512vbmi = multiply;
 
 } // namespace bitpalette

@@ -189,6 +189,43 @@ void multiply(const TrellisWeight& w, const TrellisVectors& x, int64_t tile_row,
     of[x.n - 1](w, x, tile_row, sums);
 }
 
+// Levels by rows first, some tiles of all 16 rows.
+template <class V>
+void unpack(const TrellisWeight& w, int64_t tile_row, int64_t first, int64_t tiles, const PanelUnit& panel,
+            uint8_t* to) {
+    constexpr int64_t some = 16; // tiles at a time, of which the last may be one that is not there
+    constexpr int row_bytes = 2 * trellis_side;
+    const TrellisRowWindows& windows = trellis_row_windows(w.code);
+    uint8_t joined[some * trellis_piece];
+    alignas(64) uint8_t levels_of[trellis_side][some * row_bytes] = {};
+    const uint8_t* rows[trellis_side];
+    for (int r = 0; r < trellis_side; ++r)
+        rows[r] = levels_of[r];
+    for (int64_t done = 0; done < tiles; done += some) {
+        const int64_t n = some < tiles - done ? some : tiles - done, even = (n + 1) / 2 * 2;
+        for (int r = 0; r < trellis_side; r += V::rows) {
+            Pieces pieces[V::rows];
+            const uint8_t* piece[V::rows];
+            for (int i = 0; i < V::rows; ++i) {
+                pieces[i] = pieces_of(w, windows, tile_row * trellis_side + r + i, first + done, n, joined);
+                piece[i] = pieces[i].first;
+            }
+            const Decoder<V, true> decoder(V::load_aligned(windows.pick[r]), V::load_aligned(windows.right[r]),
+                                           V::load_aligned(windows.left[r]), w.code.window);
+            for (int64_t c = 0; c < n; ++c) {
+                const typename V::Ints level = levels<V>(decoder(piece));
+                static_assert(sizeof level == V::rows * row_bytes);
+                for (int i = 0; i < V::rows; ++i) {
+                    std::memcpy(levels_of[r + i] + c * row_bytes,
+                                reinterpret_cast<const uint8_t*>(&level) + i * row_bytes, row_bytes);
+                    piece[i] += pieces[i].stride;
+                }
+            }
+        }
+        panel.interleave(rows, even * trellis_pairs, to + done * trellis_pairs * panel_step_bytes);
+    }
+}
+
 // V::rows tiles of one row at a time.
 template <class V>
 void decode(const TrellisWeight& w, const int64_t* index, int64_t begin, int64_t end, float* y) {

@@ -107,6 +107,6 @@ struct Scalar {
 
 } // namespace
 
-const TrellisLinearUnit trellis_linear_scalar{multiply<Scalar>, decode<Scalar>};
+const TrellisLinearUnit trellis_linear_scalar{multiply<Scalar>, decode<Scalar>, unpack<Scalar>};
 
 } // namespace bitpalette

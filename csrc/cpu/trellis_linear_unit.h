@@ -1,6 +1,7 @@
 // What each instruction set's translation unit of trellis_linear provides, and what it is given.
 #pragma once
 
+#include "panel_gemm_unit.h"
 #include "trellis_decode.h"
 #include "trellis_input.h"
 
@@ -24,9 +25,15 @@ using TrellisMultiply = void (*)(const TrellisWeight& w, const TrellisVectors& x
 // rows index[begin..end-1] (null: begin..end-1 themselves) of W to y + i * in
 using TrellisDecode = void (*)(const TrellisWeight& w, const int64_t* index, int64_t begin, int64_t end, float* y);
 
+// int16 [8 tiles, 16 rows, 2] = levels + 510 of tiles first..first+tiles-1 in a row of them, as in panel.h. panel: what
+// rows are interleaved with.
+using TrellisUnpack = void (*)(const TrellisWeight& w, int64_t tile_row, int64_t first, int64_t tiles,
+                               const PanelUnit& panel, uint8_t* to);
+
 struct TrellisLinearUnit {
     TrellisMultiply multiply;
     TrellisDecode decode;
+    TrellisUnpack unpack; // null: there is none
 };
 
 // std::invalid_argument for sizes, rates or windows that do not exist, or a missing instruction set.
@@ -38,6 +45,7 @@ extern const TrellisLinearUnit trellis_linear_avx2;
 extern const TrellisLinearUnit trellis_linear_avxvnni;
 extern const TrellisLinearUnit trellis_linear_avx512;
 extern const TrellisMultiply trellis_multiply_avx512vbmi;
+extern const TrellisUnpack trellis_unpack_avx512vbmi;
 #endif
 #if BITPALETTE_AARCH64
 extern const TrellisLinearUnit trellis_linear_neon;
