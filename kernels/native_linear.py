@@ -22,7 +22,7 @@ class NativeLinear(OnInstructionSet):
 
     name: str
     most_tokens = 8
-    """Up to as many rows a layer keeps its call (kernels/native_call.py); with more, what a call costs does not count."""
+    """Up to as many rows a layer keeps its call (kernels/native_call.py); with more its cost hardly counts."""
 
     def make_native(self, packed: Packed) -> Any:
         """A new `LinearWeight` over the tensors of `packed`. It keeps their addresses; `packed` keeps them alive."""

@@ -25,19 +25,19 @@ constexpr int panel_step_columns(PanelType type) {
     return type == PanelType::uint8 ? 4 : type == PanelType::int16 ? 2 : 1;
 }
 
-// What a weight unpacks to. W = (value - bias) * scale + offset; of type f32 values are W itself.
+// What a weight unpacks to: W = (value - bias) * scale + offset; for type f32, for which rows are decoded, the value.
 struct PanelKind {
-    const PanelUnit* unit; // of an instruction set
-    PanelType unpacked;    // what `unpack` writes; uint8 may be widened before it is multiplied
+    const PanelUnit* unit; // of an instruction set; null: the weight has no panel
+    PanelType unpacked;    // multiplied as it is, or widened first to what the unit can and the input needs
     InputForm form;        // of the input
     int span;              // columns that share scale and offset in the panel and a scale in the input, of 32
-    int bias;              // 0 for f32
+    int bias, top;         // of the integers; top: the largest
     bool has_offset;       // where false `unpack` leaves offsets alone
     int64_t fewest_tokens; // from which on it is faster than LinearWeight::multiply
 
     bool same_input(const PanelKind& other) const {
         return unit == other.unit && unpacked == other.unpacked && form == other.form && span == other.span &&
-               bias == other.bias;
+               bias == other.bias && top == other.top;
     }
 };
 

@@ -44,9 +44,11 @@ int64_t round_up(int64_t n, int64_t to) {
     return (n + to - 1) / to * to;
 }
 
-// What is multiplied: bytes are widened for inputs of 16 bits, and where an instruction set has no products of bytes.
+// What is multiplied: as wide as the input, and bytes only as far as the instruction set has products of them.
 PanelType multiplied(const PanelKind& kind) {
-    const bool bytes = kind.unit->has_bytes && kind.form != InputForm::int16_by_256;
+    if (kind.form == InputForm::f32)
+        return PanelType::f32;
+    const bool bytes = kind.top <= kind.unit->top_byte && kind.form != InputForm::int16_by_256;
     return kind.unpacked == PanelType::uint8 && !bytes ? PanelType::int16 : kind.unpacked;
 }
 
@@ -79,7 +81,7 @@ class Tiles {
         piece.values = values, piece.scale = scale, piece.offset = kind.has_offset ? offset : nullptr;
         for (int64_t tile = begin; tile < end; ++tile) {
             std::fill_n(sums, x.tokens() * rows, 0.0f);
-            if (type == PanelType::f32)
+            if (kind.unpacked == PanelType::f32)
                 decode(w, tile);
             for (int64_t column = 0; column < columns; column += most) {
                 piece.columns = std::min(most, columns - column);
@@ -110,16 +112,26 @@ class Tiles {
             return kind.unit->interleave(rows, columns, to.values);
         }
         if (block >= w.blocks()) { // a tile's second block that the weight has not
+            if (multiplied(kind) == PanelType::f32)
+                std::fill_n(reinterpret_cast<float*>(to.values), columns * panel_rows, 0.0f);
             std::fill_n(to.scale, round_up(columns, kind.span) / kind.span * panel_rows, 0.0f);
             std::fill_n(to.offset, round_up(columns, kind.span) / kind.span * panel_rows, 0.0f);
             return;
         }
         if (multiplied(kind) == kind.unpacked)
             return w.unpack(block, column, column + columns, to);
-        const int64_t steps = columns / panel_step_columns(PanelType::uint8);
-        uint8_t* bytes = bytes_.of(steps * panel_step_bytes);
-        w.unpack(block, column, column + columns, {bytes, to.scale, to.offset});
-        kind.unit->widen(bytes, steps, to.values);
+        const int64_t per_step = panel_step_columns(kind.unpacked), steps = columns / per_step;
+        uint8_t* narrow = narrow_.of(steps * panel_step_bytes);
+        w.unpack(block, column, column + columns, {narrow, to.scale, to.offset});
+        if (multiplied(kind) == PanelType::int16)
+            return kind.unit->widen(narrow, steps, to.values);
+        const auto widen = kind.unpacked == PanelType::uint8 ? kind.unit->bytes_to_floats : kind.unit->shorts_to_floats;
+        for (int64_t done = 0; done < columns; done += kind.span) {
+            const int64_t parameters = done / kind.span * panel_rows;
+            widen(narrow + done / per_step * panel_step_bytes, std::min<int64_t>(kind.span, columns - done) / per_step,
+                  kind.bias, to.scale + parameters, kind.has_offset ? to.offset + parameters : nullptr,
+                  reinterpret_cast<float*>(to.values) + done * panel_rows);
+        }
     }
 
     // The rows of a tile in float32; 0 beyond the weight's last row and column.
@@ -134,7 +146,7 @@ class Tiles {
         }
     }
 
-    Room<uint8_t> values_, bytes_;
+    Room<uint8_t> values_, narrow_;
     Room<float> scale_, offset_, sums_, decoded_;
 };
 

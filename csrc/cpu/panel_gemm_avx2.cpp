@@ -11,7 +11,8 @@ struct Avx2 {
     using Floats = __m256;
     using Ints = __m256i;
     static constexpr int lanes = 8, blocks = 1, most_tokens = 6;
-    static constexpr bool has_bytes = false; // vpmaddubsw saturates: 2 * 255 * 127 is more than 16 bits hold
+    // vpmaddubsw saturates at 16 bits: four of its sums fit, at 2 * 31 * 128 each
+    static constexpr int top_byte = 31, chain = 4;
 
     static Floats all(float value) { return _mm256_set1_ps(value); }
     static Floats load(const float* from) { return _mm256_loadu_ps(from); }
@@ -32,6 +33,18 @@ struct Avx2 {
     static void add_products(Ints& sum, Ints w, Ints x, Shorts) {
         sum = kept(_mm256_add_epi32(sum, _mm256_madd_epi16(w, x)));
     }
+
+    static Ints byte_pairs(Ints w, Ints x) { return _mm256_maddubs_epi16(w, x); }
+    static Ints add_shorts(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
+    static Ints add_pairs(Ints sum, Ints pairs) {
+        return kept(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+    }
+
+    static Ints minus(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+    static Ints lowest(Ints words, Bytes) { return _mm256_and_si256(words, _mm256_set1_epi32(255)); }
+    static Ints lowest(Ints words, Shorts) { return _mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16); }
+    static Ints next(Ints words, Bytes) { return _mm256_srli_epi32(words, 8); }
+    static Ints next(Ints words, Shorts) { return _mm256_srli_epi32(words, 16); }
 
     // two 8 x 8 words: pairs of rows, then fours, then halves of registers
     static void interleave(const uint8_t* const (&rows)[panel_rows], int64_t n, uint8_t* to) {

@@ -15,7 +15,7 @@ struct Avx512 {
     using Floats = __m512;
     using Ints = __m512i;
     static constexpr int lanes = 16, blocks = 2, most_tokens = 12;
-    static constexpr bool has_bytes = true;
+    static constexpr int top_byte = 255, chain = 1;
 
     static Floats all(float value) { return _mm512_set1_ps(value); }
     static Floats load(const float* from) { return _mm512_loadu_ps(from); }
@@ -36,6 +36,12 @@ struct Avx512 {
     // vpdpbusd: each lane adds four products of unsigned and signed bytes to its 32-bit sum, without saturation
     static void add_products(Ints& sum, Ints w, Ints x, Bytes) { sum = kept(_mm512_dpbusd_epi32(sum, w, x)); }
     static void add_products(Ints& sum, Ints w, Ints x, Shorts) { sum = kept(_mm512_dpwssd_epi32(sum, w, x)); }
+
+    static Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+    static Ints lowest(Ints words, Bytes) { return _mm512_and_si512(words, _mm512_set1_epi32(255)); }
+    static Ints lowest(Ints words, Shorts) { return _mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16); }
+    static Ints next(Ints words, Bytes) { return _mm512_srli_epi32(words, 8); }
+    static Ints next(Ints words, Shorts) { return _mm512_srli_epi32(words, 16); }
 
     // 16 x 16 words: pairs of rows, then fours, by halves and quarters of registers
     static void interleave(const uint8_t* const (&rows)[panel_rows], int64_t n, uint8_t* to) {

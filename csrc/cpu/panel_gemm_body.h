@@ -36,6 +36,33 @@ struct Shorts {
     static constexpr PanelType type = PanelType::int16;
 };
 
+// V::chain steps of bytes, whose products are added up in 16 bits first.
+template <class V, int T, int R>
+inline void add_chain(const PanelPiece& p, int64_t step, const uint8_t* x, typename V::Ints (&sum)[T][R]) {
+    typename V::Ints pairs[T][R];
+#pragma GCC unroll 8
+    for (int c = 0; c < V::chain; ++c) {
+        typename V::Ints w[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+            w[r] = V::load_words(Tile<V>::words(p, step + c, r));
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+            const typename V::Ints four = V::all_words(x + 4 * (c * T + t));
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const typename V::Ints products = V::byte_pairs(w[r], four);
+                pairs[t][r] = c == 0 ? products : V::add_shorts(pairs[t][r], products);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+            sum[t][r] = V::add_pairs(sum[t][r], pairs[t][r]);
+}
+
 template <class V, class Products, int T>
 void multiply_integers(const PanelPiece& p) {
     constexpr int R = Tile<V>::registers, step_columns = panel_step_columns(Products::type);
@@ -49,19 +76,23 @@ void multiply_integers(const PanelPiece& p) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r)
                 sum[t][r] = V::all_ints(p.start[span * T + t]);
-        for (; step < end; ++step, x += 4 * T) {
-            typename V::Ints w[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r)
-                w[r] = V::load_words(Tile<V>::words(p, step, r));
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) {
-                const typename V::Ints four = V::all_words(x + 4 * t);
+        if constexpr (Products::type == PanelType::uint8 && V::chain > 1)
+            for (; step < end; step += V::chain, x += 4 * T * V::chain)
+                add_chain<V>(p, step, x, sum);
+        else
+            for (; step < end; ++step, x += 4 * T) {
+                typename V::Ints w[R];
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r)
-                    V::add_products(sum[t][r], w[r], four, Products());
+                    w[r] = V::load_words(Tile<V>::words(p, step, r));
+#pragma GCC unroll 16
+                for (int t = 0; t < T; ++t) {
+                    const typename V::Ints four = V::all_words(x + 4 * t);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r)
+                        V::add_products(sum[t][r], w[r], four, Products());
+                }
             }
-        }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const typename V::Floats scale = Tile<V>::parameters(p.scale, p, span, r);
@@ -131,19 +162,30 @@ void floats(const PanelPiece& p, int tokens) {
     multiply_floats<V, T>(p);
 }
 
-template <class V>
-constexpr PanelMultiply bytes_of() {
-    if constexpr (V::has_bytes)
-        return integers<V, Bytes>;
-    else
-        return nullptr;
+// Column by column, of 4 or 2 in a step, to registers of rows.
+template <class V, class Products>
+void to_floats(const uint8_t* from, int64_t n, int bias, const float* scale, const float* offset, float* to) {
+    constexpr int columns = panel_step_columns(Products::type);
+    const typename V::Ints start = V::all_ints(bias);
+    for (int part = 0; part < panel_rows; part += V::lanes) {
+        const typename V::Floats by = V::load(scale + part);
+        const typename V::Floats more = offset == nullptr ? V::all(0) : V::load(offset + part);
+        for (int64_t i = 0; i < n; ++i) {
+            typename V::Ints words = V::load_words(from + i * panel_step_bytes + 4 * part);
+            for (int c = 0; c < columns; ++c) {
+                const typename V::Floats value = V::to_floats(V::minus(V::lowest(words, Products()), start));
+                V::store(to + (i * columns + c) * panel_rows + part, V::multiply_add(value, by, more));
+                words = V::next(words, Products());
+            }
+        }
+    }
 }
 
 template <class V>
 constexpr PanelUnit panel_of() {
     static_assert(V::blocks <= panel_most_blocks && V::most_tokens <= panel_most_tokens);
-    return {V::blocks,           V::most_tokens, V::has_bytes,  bytes_of<V>(),
-            integers<V, Shorts>, floats<V>,      V::interleave, V::widen};
+    return {V::blocks, V::most_tokens, V::top_byte, integers<V, Bytes>,  integers<V, Shorts>,
+            floats<V>, V::interleave,  V::widen,    to_floats<V, Bytes>, to_floats<V, Shorts>};
 }
 
 } // namespace

@@ -6,7 +6,7 @@ namespace {
 
 struct Scalar {
     static constexpr int lanes = 16, blocks = 1, most_tokens = 2;
-    static constexpr bool has_bytes = false;
+    static constexpr int top_byte = 255, chain = 1;
     struct Floats {
         float at[lanes];
     };
@@ -60,6 +60,28 @@ struct Scalar {
             const int32_t high = static_cast<int16_t>(w.at[i] >> 16) * static_cast<int16_t>(x.at[i] >> 16);
             sum.at[i] += static_cast<uint32_t>(low) + static_cast<uint32_t>(high);
         }
+    }
+
+    static void add_products(Ints& sum, const Ints& w, const Ints& x, Bytes) {
+        for (int i = 0; i < lanes; ++i)
+            for (int bit = 0; bit < 32; bit += 8)
+                sum.at[i] += (w.at[i] >> bit & 255) * static_cast<uint32_t>(static_cast<int8_t>(x.at[i] >> bit));
+    }
+
+    static Ints minus(const Ints& a, const Ints& b) {
+        return ints([&](int i) { return a.at[i] - b.at[i]; });
+    }
+    static Ints lowest(const Ints& words, Bytes) {
+        return ints([&](int i) { return words.at[i] & 255; });
+    }
+    static Ints lowest(const Ints& words, Shorts) {
+        return ints([&](int i) { return static_cast<uint32_t>(static_cast<int16_t>(words.at[i])); });
+    }
+    static Ints next(const Ints& words, Bytes) {
+        return ints([&](int i) { return words.at[i] >> 8; });
+    }
+    static Ints next(const Ints& words, Shorts) {
+        return ints([&](int i) { return words.at[i] >> 16; });
     }
 
     static void interleave(const uint8_t* const (&rows)[panel_rows], int64_t n, uint8_t* to) {

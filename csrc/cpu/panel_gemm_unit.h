@@ -28,12 +28,18 @@ using PanelMultiply = void (*)(const PanelPiece& piece, int tokens);
 struct PanelUnit {
     int blocks;      // of a tile
     int most_tokens; // of one call
-    bool has_bytes;
-    PanelMultiply bytes, shorts, floats; // by the type that is multiplied; bytes null where has_bytes is false
+    int top_byte;    // the largest value of a panel that `bytes` multiplies without leaving its range
+    PanelMultiply bytes, shorts, floats; // by the type that is multiplied
     // to[i][r] = rows[r][i] for n words of 32 bits, a multiple of 16
     void (*interleave)(const uint8_t* const (&rows)[panel_rows], int64_t n, uint8_t* to);
     // n steps of uint8 to 2 n of int16
     void (*widen)(const uint8_t* from, int64_t n, uint8_t* to);
+    // n steps of a span, uint8 or int16, to one of f32 for each column: (value - bias) * scale, + offset where there is
+    // one; both [16]
+    void (*bytes_to_floats)(const uint8_t* from, int64_t n, int bias, const float* scale, const float* offset,
+                            float* to);
+    void (*shorts_to_floats)(const uint8_t* from, int64_t n, int bias, const float* scale, const float* offset,
+                             float* to);
 };
 
 extern const PanelUnit panel_scalar;
