@@ -46,8 +46,8 @@ void check(const CodesParts& p) {
                                     std::to_string(p.bits) + " bits");
 }
 
-// Measured at 4096 x 4096 on one core of a Sapphire Rapids, panel over rows at 9 and 32 tokens: 1.3 and 1.4 with AVX-512,
-// up to 2.3 where codes are bytes.
+// Measured at 4096 x 4096 on one core of a Sapphire Rapids, panel over rows at 9 and 32 tokens: 1.3 and 1.4 with
+// AVX-512, up to 2.3 where codes are bytes.
 int64_t fewest_tokens(Isa isa, InputForm form, const CodesParts& p) {
     const bool table = p.table != nullptr;
     if (form == InputForm::int8_by_32 && !table) {
@@ -56,7 +56,8 @@ int64_t fewest_tokens(Isa isa, InputForm form, const CodesParts& p) {
         if (isa == Isa::avx2 && p.bits <= 6) // .73 to 1.1 and .95 to 1.5: products of bytes need room, as in rows
             return 32;
     }
-    if (form == InputForm::f32 && table && !p.table_by_row && isa == Isa::avx512) // .55 and 1: levels are decoded
+    if (form == InputForm::f32 && table && !p.table_by_row &&
+        plain_isa(isa) == Isa::avx512) // .55 and 1: levels are decoded
         return 32;
     return 9;
 }

@@ -153,8 +153,12 @@ class Tiles {
 } // namespace
 
 const PanelUnit* panel_unit(Isa isa) {
+#if BITPALETTE_AVXVNNI
+    if (isa == Isa::avxvnni)
+        return &panel_avxvnni;
+#endif
 #if BITPALETTE_X86
-    if (isa == Isa::avx512 || isa == Isa::avx512vbmi)
+    if (plain_isa(isa) == Isa::avx512)
         return &panel_avx512;
     if (isa == Isa::avx2)
         return &panel_avx2;

@@ -45,6 +45,7 @@ struct PanelUnit {
 extern const PanelUnit panel_scalar;
 #if BITPALETTE_X86
 extern const PanelUnit panel_avx2;
+extern const PanelUnit panel_avxvnni;
 extern const PanelUnit panel_avx512;
 #endif
 

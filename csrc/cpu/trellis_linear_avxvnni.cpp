@@ -19,7 +19,7 @@ struct AvxVnni : Avx2 {
 
 } // namespace
 
-const TrellisLinearUnit trellis_linear_avxvnni{multiply<AvxVnni>, decode<AvxVnni>};
+const TrellisLinearUnit trellis_linear_avxvnni{multiply<AvxVnni>, decode<AvxVnni>, unpack<AvxVnni>};
 
 } // namespace bitpalette
 #endif

@@ -273,7 +273,7 @@ void multiply_neon(const TrellisWeight& w, const TrellisVectors& x, int64_t tile
 
 } // namespace
 
-const TrellisLinearUnit trellis_linear_neon{multiply_neon, decode<Neon>};
+const TrellisLinearUnit trellis_linear_neon{multiply_neon, decode<Neon>, nullptr};
 
 } // namespace bitpalette
 #endif
