@@ -1,8 +1,9 @@
 // Splitting work over threads: those of the OpenMP runtime that torch has loaded, where it can be called, so that
 // there is one pool and never two that fight; else threads of our own (thread_pool.h).
 //
-// Torch's runtime keeps its threads looking for work for milliseconds after a call (libgomp: about 5). A second pool
-// would find its cores taken after every torch operation, and the other way round.
+// Torch's runtime keeps its threads looking for work after a call. A second pool finds its cores taken then, and the
+// other way round: 4-bit layers between torch operations, two threads on two cores, took 1.5 to 5 times as long as on
+// one thread with a second pool, 0.55 to 1 times with torch's.
 //
 // A process that was forked has none of its parent's threads, and libgomp waits for them for ever. So in a child that
 // was forked after this module was loaded, all is done by threads of our own, made anew.
