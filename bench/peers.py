@@ -42,7 +42,7 @@ from bitpalette.kernel_bench.contender import (
 from bitpalette.kernel_bench.random_weight import random_weight
 from bitpalette.kernel_bench.rounds import CLOCKS, MARGIN, Timed, make_reader, speed_over, time_rounds
 from bitpalette.kernel_bench.rows import Place, Row, absent_row, row_of
-from bitpalette.kernel_bench.run import cache_bytes, check_clock, torch_threads
+from bitpalette.kernel_bench.run import cache_bytes, check_clock
 from bitpalette.kernel_bench.shapes import Layer, choose_layers, choose_schemes
 from bitpalette.kernels.registry import kernels
 from bitpalette.provenance import commit, processor
@@ -121,7 +121,7 @@ def measure(
     source = make_source(layer.shape, x)
     for peer in peers:
         found += PEERS[peer](source, threads)
-    entered: list[tuple[Contender, list[Call]]] = [(c, []) for c in found if isinstance(c, Contender)]
+    entered: list[tuple[Contender, list[Call], int]] = [(c, [], threads) for c in found if isinstance(c, Contender)]
     cache = cache_bytes()
     reader = make_reader(min(int(MARGIN * cache), memory // 4))
     rows: list[Row] = []
@@ -228,23 +228,23 @@ def main(
     rows: list[Row] = []
     ratios: list[Ratio] = []
     counts = sorted(set(tokens or [1]))
-    with torch_threads(threads):
-        for layer in layers:
-            some, other = measure(
-                layer, counts, list(scheme or SCHEMES), list(peer or PEERS), threads, rounds, nbytes, clock
-            )
-            rows += some
-            ratios += other
-            for count in counts:
-                show([r for r in some if r.tokens == count], [q for q in other if q.tokens == count])
-            if csv_file is not None:
-                with csv_file.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, list(asdict(rows[0])))
-                    writer.writeheader()
-                    writer.writerows(asdict(row) for row in rows)
-            if json_file is not None:
-                content = {"rows": [asdict(r) for r in rows], "ratios": [asdict(q) for q in ratios]}
-                json_file.write_text(json.dumps(content, indent=1) + "\n")
+    torch.set_num_threads(threads)
+    for layer in layers:
+        some, other = measure(
+            layer, counts, list(scheme or SCHEMES), list(peer or PEERS), threads, rounds, nbytes, clock
+        )
+        rows += some
+        ratios += other
+        for count in counts:
+            show([r for r in some if r.tokens == count], [q for q in other if q.tokens == count])
+        if csv_file is not None:
+            with csv_file.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(asdict(rows[0])))
+                writer.writeheader()
+                writer.writerows(asdict(row) for row in rows)
+        if json_file is not None:
+            content = {"rows": [asdict(r) for r in rows], "ratios": [asdict(q) for q in ratios]}
+            json_file.write_text(json.dumps(content, indent=1) + "\n")
     if any(row.wrong for row in rows):
         raise typer.Exit(1)
 

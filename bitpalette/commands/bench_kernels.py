@@ -214,7 +214,7 @@ def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
         table = Table(box=None, title=title, title_justify="left", title_style="bold")
         for column in ("scheme", "kernel", "isa"):
             table.add_column(column, overflow="fold")
-        speeds = ("x fp32", "x bf16", "x int4", "x int8")
+        speeds = ("x fp32", "x bf16", "x int4", "x int8", *(("x 1 thread",) if _several_threads(some) else ()))
         for column in ("bits", "rounds", "median us", "p20", "p80", "Gw/s", "GB/s", "of read", *speeds, "error"):
             table.add_column(column, justify="right")
         scheme = some[0].scheme
@@ -223,7 +223,7 @@ def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
                 table.add_section()
             scheme = r.scheme
             if r.median_us is not None:
-                table.add_row(*_cells(r))
+                table.add_row(*_cells(r, _several_threads(some)))
         console.print(table)
         _print_notes(console, some)
         console.print()
@@ -235,7 +235,7 @@ def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
     )
 
 
-def _cells(r: Row) -> list[str]:
+def _cells(r: Row, with_one_thread: bool) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
@@ -247,8 +247,14 @@ def _cells(r: Row) -> list[str]:
         *(number(v, ".2f") for v in (r.gweights_per_s, r.gbytes_per_s)),
         number(r.read_share, ".0%"),
         *(number(v, ".2f") for v in (r.x_float32, r.x_bfloat16, r.x_int4, r.x_int8)),
+        *((number(r.x_one_thread, ".2f"),) if with_one_thread else ()),
         number(r.error, ".1e"),
     ]
+
+
+def _several_threads(rows: Sequence[Row]) -> bool:
+    """Whether rows of more than one thread were held against those of one."""
+    return any(r.threads > 1 and r.x_one_thread is not None for r in rows)
 
 
 def _print_notes(console: Any, rows: Sequence[Row]) -> None:

@@ -79,6 +79,7 @@ class Timed:
 
     contender: Contender
     copies: list[Call]
+    threads: int = 1
     stride: int = 1
     """It takes part in every stride-th round: slow kernels get fewer rounds for the same time."""
     estimate: float = 0.0
@@ -129,7 +130,7 @@ def read_rate(timed: Timed) -> Spread | None:
 
 @torch.inference_mode()
 def time_rounds(
-    contenders: Sequence[tuple[Contender, list[Call]]],
+    contenders: Sequence[tuple[Contender, list[Call], int]],
     x: Tensor,
     *,
     rounds: int,
@@ -141,13 +142,32 @@ def time_rounds(
 ) -> list[Timed]:
     """Time every contender with x float32 [tokens, in].
 
-    The lists hold each contender's copies, which are kept and added to; empty at first. A contender that computes
-    something else than it should is not timed. seconds: for one contender, about, if that leaves FEWEST_ROUNDS. memory:
-    bytes that all copies and the reader may take together. cache: bytes of the last-level cache.
+    The lists hold each contender's copies, which are kept and added to; empty at first. The numbers are torch's
+    threads while it runs. A contender that computes something else than it should is not timed. seconds: for one
+    contender, about, if that leaves FEWEST_ROUNDS. memory: bytes that all copies and the reader may take together.
+    cache: bytes of the last-level cache.
     """
-    timed = [Timed(c, copies) for c, copies in contenders]
-    inputs = [c.to_input(x) for c, _ in contenders]
+    timed = [Timed(c, copies, threads) for c, copies, threads in contenders]
+    inputs = [t.contender.to_input(x) for t in timed]
+    before = torch.get_num_threads()
+    try:
+        return _time_rounds(timed, inputs, rounds, seconds, memory, cache, reader, clock)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _time_rounds(
+    timed: list[Timed],
+    inputs: list[Any],
+    rounds: int,
+    seconds: float,
+    memory: int,
+    cache: int,
+    reader: Reader | None,
+    clock: Clock,
+) -> list[Timed]:
     for t, z in zip(timed, inputs, strict=True):
+        torch.set_num_threads(t.threads)
         _check_and_pace(t, z, rounds, seconds)
     entered = [(t, z) for t, z in zip(timed, inputs, strict=True) if not t.wrong]
     if reader is not None:
@@ -170,6 +190,7 @@ def time_rounds(
 
 def _one_call(t: Timed, z: Any, r: int, reader: Reader | None, clock: Clock) -> None:
     copy = t.copies[r // t.stride % len(t.copies)]
+    torch.set_num_threads(t.threads)
     if t.estimate < LONG:
         t.contender.first(z)
     start = clock()
@@ -220,6 +241,7 @@ def _make_copies(timed: Sequence[Timed], memory: int, cache: int, reader: Reader
     while rounds < MOST_COPIES and read_within(rounds) < MARGIN * cache and held(rounds + 1) <= memory:
         rounds += 1
     for t, n in zip(timed, count(rounds), strict=True):
+        torch.set_num_threads(t.threads)
         z = t.contender.to_input(torch.zeros(1, t.contender.shape[1]))
         while len(t.copies) < n:
             copy = t.contender.new_copy()

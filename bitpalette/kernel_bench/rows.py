@@ -60,6 +60,10 @@ class Row:
     x_int8: float | None = None
     x_int8_p20: float | None = None
     x_int8_p80: float | None = None
+    x_one_thread: float | None = None
+    """Times the speed of the same kernel on one thread, where that was measured too."""
+    x_one_thread_p20: float | None = None
+    x_one_thread_p80: float | None = None
     footprint_mib: float | None = None
     """Distinct memory read between two uses of the same copy of the weight."""
     cache_mib: float | None = None
@@ -90,8 +94,8 @@ class Place:
     commit: str
 
 
-def row_of(timed: Timed, place: Place, baselines: Mapping[str, Timed]) -> Row:
-    """baselines: those of `baselines.NAMES` that took part in the same rounds."""
+def row_of(timed: Timed, place: Place, baselines: Mapping[str, Timed], alone: Timed | None = None) -> Row:
+    """baselines: those of `baselines.NAMES` that took part in the same rounds; alone: the same kernel on one thread."""
     c = timed.contender
     row = _empty(place, c.scheme, c.kernel, c.isa, c.dtype, timed.wrong)
     if timed.wrong:
@@ -116,6 +120,8 @@ def row_of(timed: Timed, place: Place, baselines: Mapping[str, Timed]) -> Row:
     values |= _three("read_share", share_of_read(timed))
     for name, other in baselines.items():
         values |= _three("x_" + name.removeprefix("torch."), speed_over(timed, other))
+    if alone is not None:
+        values |= _three("x_one_thread", speed_over(timed, alone))
     if not values["from_memory"]:
         values["note"] = (
             f"from the cache: {values['footprint_mib']} MiB are gone round, the cache has {place.cache / MIB:g} MiB"

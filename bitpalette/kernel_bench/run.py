@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -76,14 +75,12 @@ def measure(
     where = (settings.clock, settings.cache, processor(), commit() or "installed")
     reader = make_reader(min(int(MARGIN * settings.cache), settings.memory // 4))
     for layer in layers:
-        for threads in settings.threads:
-            places = {t: Place(layer, t, threads, *where) for t in settings.tokens}
-            found: dict[int, list[Row]] = {t: [] for t in settings.tokens}
-            with torch_threads(threads):
-                for part in _parts(layer, schemes, settings, reader):
-                    for tokens, rows in _measure_part(part, places, settings, reader, step):
-                        found[tokens] += [r for r in rows if part.first or r.kernel not in NAMES]
-            yield from found.values()
+        found: dict[tuple[int, int], list[Row]] = {(n, t): [] for n in settings.threads for t in settings.tokens}
+        places = {(n, t): Place(layer, t, n, *where) for n, t in found}
+        for part in _parts(layer, schemes, settings, reader):
+            for where_measured, rows in _measure_part(part, places, settings, reader, step):
+                found[where_measured] += [r for r in rows if part.first or r.kernel not in NAMES]
+        yield from found.values()
 
 
 @dataclass
@@ -98,7 +95,8 @@ class _Part:
 
 def _parts(layer: Layer, schemes: Sequence[Scheme], settings: Settings, reader: Reader | None) -> Iterator[_Part]:
     """All schemes in one part where --memory allows it: each is then compared with the same rounds of the baselines."""
-    fixed = (0 if reader is None else reader.buffer.numel()) + 2 * sum(baseline_bytes(layer.shape).values())
+    copies = 2 * len(settings.threads)
+    fixed = (0 if reader is None else reader.buffer.numel()) + copies * sum(baseline_bytes(layer.shape).values())
     part = _Part([], True, fixed)
     for scheme in schemes:
         try:
@@ -106,7 +104,7 @@ def _parts(layer: Layer, schemes: Sequence[Scheme], settings: Settings, reader: 
         except SchemeError as error:
             part.absent.append(Absent("", scheme_label(scheme), str(error)))
             continue
-        together = 2 * one * len(list(variants(scheme, layer.shape, list(settings.kernels), list(settings.isas))))
+        together = copies * one * len(list(variants(scheme, layer.shape, list(settings.kernels), list(settings.isas))))
         if not together:
             part.absent.append(Absent("", scheme_label(scheme), f"none of {list(settings.kernels)} runs it"))
             continue
@@ -119,12 +117,13 @@ def _parts(layer: Layer, schemes: Sequence[Scheme], settings: Settings, reader: 
 
 
 def _measure_part(
-    part: _Part, places: dict[int, Place], settings: Settings, reader: Reader | None, step: Step
-) -> Iterator[tuple[int, list[Row]]]:
+    part: _Part, places: dict[tuple[int, int], Place], settings: Settings, reader: Reader | None, step: Step
+) -> Iterator[tuple[tuple[int, int], list[Row]]]:
+    """Rows by (threads, tokens). The numbers of threads take turns within a round, so that they can be compared."""
     layer = next(iter(places.values())).layer
     generator = torch.Generator().manual_seed(settings.seed)
     x = torch.randn(max(settings.tokens), layer.shape[1], generator=generator)
-    taking_part: list[tuple[Contender, list[Call]]] = []
+    taking_part: list[tuple[Contender, list[Call], int]] = []
     absent = list(part.absent)
     for name, nbytes in baseline_bytes(layer.shape).items():
         if nbytes > settings.memory // 3:
@@ -135,11 +134,13 @@ def _measure_part(
         if isinstance(found, Absent):
             absent.append(found)
         else:
-            taking_part.append((found, []))
+            taking_part += [(found, [], n) for n in settings.threads]
     for scheme in part.schemes:
-        taking_part += [(c, []) for c in _of_scheme(scheme, layer, settings, x, generator)]
-    for tokens, place in places.items():
-        step(f"{layer.name} {layer.shape[0]}x{layer.shape[1]} tokens={tokens} threads={place.threads}".strip())
+        for contender in _of_scheme(scheme, layer, settings, x, generator):
+            taking_part += [(contender, [], n) for n in settings.threads]
+    for tokens in settings.tokens:
+        threads = ", ".join(str(n) for n in settings.threads)
+        step(f"{layer.name} {layer.shape[0]}x{layer.shape[1]} tokens={tokens} threads={threads}".strip())
         timed = time_rounds(
             taking_part,
             x[:tokens],
@@ -150,8 +151,12 @@ def _measure_part(
             reader=reader,
             clock=CLOCKS[settings.clock],
         )
-        baselines = {t.contender.kernel: t for t in timed if t.contender.kernel in NAMES}
-        yield tokens, [row_of(t, place, baselines) for t in timed] + [absent_row(a, place) for a in absent]
+        alone = {id(t.contender): t for t in timed if t.threads == 1}
+        for n in settings.threads:
+            place, of_these = places[n, tokens], [t for t in timed if t.threads == n]
+            baselines = {t.contender.kernel: t for t in of_these if t.contender.kernel in NAMES}
+            rows = [row_of(t, place, baselines, alone.get(id(t.contender))) for t in of_these]
+            yield (n, tokens), rows + [absent_row(a, place) for a in absent]
 
 
 def _of_scheme(
@@ -163,14 +168,3 @@ def _of_scheme(
         packed_contender(kernel, isa, qt, settings.dtype, expected)
         for isa, kernel in variants(scheme, layer.shape, list(settings.kernels), list(settings.isas))
     ]
-
-
-@contextmanager
-def torch_threads(n: int) -> Iterator[None]:
-    """torch's threads, which kernels use, set to n for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

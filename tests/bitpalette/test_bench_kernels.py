@@ -350,7 +350,7 @@ def test_no_copy_comes_again_before_the_cache_has_been_read() -> None:
     sizes = {"a": 300_000, "b": 100_000}
     entered = [Recorded(name, nbytes, log) for name, nbytes in sizes.items()]
     timed = time_rounds(
-        [(r.contender, []) for r in entered],
+        [(r.contender, [], 1) for r in entered],
         *(torch.ones(2, 8),),
         rounds=20,
         seconds=1.0,
@@ -375,7 +375,7 @@ def test_memory_bounds_the_copies() -> None:
     entered = [Recorded(name, MIB, []) for name in "ab"]
     copies: list[list[Any]] = [[], []]
     (timed, _) = time_rounds(
-        [(r.contender, c) for r, c in zip(entered, copies, strict=True)],
+        [(r.contender, c, 1) for r, c in zip(entered, copies, strict=True)],
         torch.ones(1, 8),
         rounds=4,
         seconds=1.0,
@@ -395,11 +395,22 @@ def test_slow_contenders_take_part_in_fewer_rounds() -> None:
     )
     fast = Recorded("fast", 8, []).contender
     timed = time_rounds(
-        [(slow, []), (fast, [])], torch.ones(1, 8), rounds=16, seconds=0.04, memory=MIB, cache=8, reader=None
+        [(slow, [], 1), (fast, [], 1)], torch.ones(1, 8), rounds=16, seconds=0.04, memory=MIB, cache=8, reader=None
     )
     assert timed[0].stride == 4 and sorted(timed[0].seconds) == [0, 4, 8, 12] and len(timed[1].seconds) == 16
     ratio = speed_over(timed[0], timed[1])
     assert ratio is not None and ratio.median < 0.1
+
+
+def test_numbers_of_threads_take_turns_within_a_round() -> None:
+    seen: list[int] = []
+    call = lambda x: seen.append(torch.get_num_threads())  # noqa: E731 - a contender's call
+    asks = Contender(*("asks", "", "", "float32", (1, 8), 8), call, lambda: call, lambda x: x)
+    before = torch.get_num_threads()
+    settings: dict[str, Any] = {"rounds": 4, "seconds": 1.0, "memory": MIB, "cache": 8, "reader": None}
+    alone, two = time_rounds([(asks, [], 1), (asks, [], 2)], torch.ones(1, 8), **settings)
+    assert seen[-8:] == [1, 1, 2, 2] * 2 and torch.get_num_threads() == before
+    assert (alone.threads, two.threads) == (1, 2) and alone.seconds.keys() == two.seconds.keys()
 
 
 def test_a_clock_of_computing_leaves_waiting_out() -> None:
@@ -408,7 +419,7 @@ def test_a_clock_of_computing_leaves_waiting_out() -> None:
     waits = Contender(*("waits", "", "", "float32", (1, 8), 8), f := lambda x: sleep(0.005), lambda: f, lambda x: x)
     settings: dict[str, Any] = {"rounds": 4, "seconds": 1.0, "memory": MIB, "cache": 8, "reader": None}
     for name, low, high in (("wall", 0.005, 1.0), ("cpu", 0.0, 0.0025)):
-        (timed,) = time_rounds([(waits, [])], torch.ones(1, 8), clock=CLOCKS[name], **settings)
+        (timed,) = time_rounds([(waits, [], 1)], torch.ones(1, 8), clock=CLOCKS[name], **settings)
         assert low < spread(list(timed.seconds.values())).median < high
 
 
