@@ -624,6 +624,7 @@ def test_evaluation_options(packed_folder: Path, model: Path, refused: Refused) 
     short = model.parent / "short.txt"
     short.write_text("word " * 10)
     assert "'float31'" in refused("eval", packed_folder, "--dtype", "float31")
+    assert "'int4'" in refused("eval", packed_folder, "--activations", "int4")
     assert "--seq-len" in refused("eval", packed_folder, "--seq-len", "1")
     assert "--chunks" in refused("eval", packed_folder, "--chunks", "0")
     assert "No such file" in refused("eval", packed_folder, "--seq-len", "32", "--text", model / "nothing.txt")

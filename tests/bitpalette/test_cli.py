@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from bitpalette.cli import main
 from bitpalette.commands.text import duration, parse_size, size
+from bitpalette.quant.native import why_no_cpu_module
 
 SMALL = ("--group-size", "16", "--solver", "rtn")
 
@@ -162,6 +164,12 @@ def test_eval(model: Path, call: Callable[..., str]) -> None:
     assert abs(same["kl_divergence"]) < 1e-6 and same["top1_agreement"] == 1
     assert same["perplexity"] == pytest.approx(against["reference_perplexity"], rel=1e-6)
     assert "top1 agreement" in call("eval", out, "--against", model, *chunks)
+    assert alone["activations"] == "exact"
+    narrow = json.loads(call("eval", out, "--against", model, *chunks, "--activations", "int8", "--json"))
+    assert narrow["activations"] == "int8"
+    if why_no_cpu_module() is None:  # the reference multiplies in float32, whatever is asked for
+        assert narrow["kl_divergence"] > against["kl_divergence"]
+    assert "BITPALETTE_CPU_ACTIVATIONS" not in os.environ
 
 
 def test_generate(model: Path, call: Callable[..., str]) -> None:
