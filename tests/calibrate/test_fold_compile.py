@@ -24,6 +24,7 @@ from bitpalette.formats.base import open_source
 from bitpalette.formats.errors import FormatError
 from bitpalette.formats.native import open_native
 from bitpalette.formats.verify import verify
+from bitpalette.kernels.activation_form import ACTIVATIONS_VARIABLE
 from bitpalette.kernels.linear import QuantLinear
 from bitpalette.kernels.norm import RotatedNorm
 from bitpalette.quant.scheme import Scheme
@@ -81,8 +82,14 @@ def test_eight_bits_are_close_to_the_original(
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("outer", [None, 8])
 def test_dequantized_it_is_a_plain_model_of_its_own(
-    checkpoint: Callable[..., Path], tmp_path: Path, name: str, outer: int | None, ids: torch.Tensor
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    outer: int | None,
+    ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(ACTIVATIONS_VARIABLE, "float32")  # as torch multiplies without the layers
     out, plain = tmp_path / "out", tmp_path / "plain"
     compile_checkpoint(str(checkpoint(name)), out, rotated(4, outer=outer))
     model = bitpalette.load(out)
