@@ -1,0 +1,186 @@
+"""The packed form of a weight on a GPU, one for every CUDA and Triton kernel: codes in tiles, parameters group-major.
+
+    codes         int32 [NP / 64, KP / 64, words]   NP, KP: out and in rounded up to 64; `tile_codes` draws a superblock
+    scale         float16 [groups, NP]              0 in rows beyond out and in groups beyond in; trellis: [1, NP]
+    zero_point    uint8 [groups, NP]                asymmetric `int` only; else it is 2^(bits-1)
+    table         float16 [4, 8 or 16]              `lut`: one for the tensor, zeros beyond its entries
+
+Codes beyond the matrix are 0: a kernel fills activations beyond K with zeros and stores no row beyond N. Group k / g
+holds column k; groups are of 32 columns or of multiples of 64, or the whole row (one group).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..quant.bitstream import pack_bits, row_bytes, unpack_bits
+from ..quant.codec import group_count
+from ..quant.int import IntScheme
+from ..quant.lut import LutScheme
+from ..quant.scheme import Scheme, SchemeError
+from ..quant.tensor import QuantizedTensor
+from ..quant.trellis import TrellisScheme, tile_count
+from .tile_codes import SUPERBLOCK, TILE, WORDS, Layout, pack_codes, pack_trellis, padded, unpack_codes, unpack_trellis
+
+CHUNK = 1 << 22
+"""Weights packed at a time: temporaries of some 40 MiB."""
+
+_INT_LAYOUTS: dict[int, Layout] = {2: "bits2", 3: "bits3", 4: "bits4", 8: "bits8"}
+
+
+def code_layout(scheme: Scheme) -> Layout | None:
+    """How `tile_codes` stores the codes of a scheme; None where it does not, and for the trellis."""
+    if isinstance(scheme, IntScheme):
+        return _INT_LAYOUTS.get(scheme.bits)
+    if isinstance(scheme, LutScheme) and scheme.entries <= 16:
+        return "pairs4" if scheme.entries > 8 else "bits3" if scheme.entries > 4 else "bits2"
+    return None
+
+
+def why_not_tiles(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+    """None where a weight of this scheme and shape has this packed form, else the reason in words."""
+    if len(shape) != 2:
+        return f"packs one weight [out_features, in_features], not {list(shape)}"
+    if scheme.transforms:
+        return f"packs what the codec stores, without transforms {list(scheme.transforms)}"
+    if isinstance(scheme, TrellisScheme):
+        return None
+    if isinstance(scheme, IntScheme):
+        if scheme.per_input_channel:
+            return "needs scales along the rows, not one for each input channel"
+        if code_layout(scheme) is None:
+            return f"packs int codes of {', '.join(map(str, _INT_LAYOUTS))} bits, not {scheme.bits}"
+    elif isinstance(scheme, LutScheme):
+        if scheme.dims != 1:
+            return f"packs a code for each weight, not for {scheme.dims}"
+        if scheme.table_scope != "tensor":
+            return "needs one table for the tensor, not one a row"
+        if code_layout(scheme) is None:
+            return f"packs tables of 4 to 16 entries, not {scheme.entries}"
+    else:
+        return f"packs codecs int, lut and trellis, not {scheme.codec}"
+    if scheme.group_size % SUPERBLOCK and scheme.group_size != 32:
+        return f"needs a group_size of 32, a multiple of {SUPERBLOCK} or 0 (whole row), not {scheme.group_size}"
+    return None
+
+
+def pack_tiles(qt: QuantizedTensor) -> dict[str, Tensor]:
+    """{name: tensor} of a weight [out, in] on the device of its fields. SchemeError with `why_not_tiles`' reason."""
+    scheme, shape = qt.scheme, _matrix(qt.scheme, qt.shape)
+    if isinstance(scheme, TrellisScheme):
+        return {"codes": _pack_trellis_codes(qt, shape), "scale": _group_major(qt.fields["scale"][:, None])}
+    layout, bits = _layout_and_bits(scheme)
+    tensors = {"codes": _pack_plain_codes(qt.fields["codes"], shape, bits, layout)}
+    group_size = scheme.group_size  # type: ignore[attr-defined]
+    columns = padded(shape[1])
+    if "scale" in qt.fields:
+        scale = qt.fields["scale"]
+    else:  # the table is in units of the weights
+        scale = qt.fields["table"].new_ones(shape[0], 1)
+    tensors["scale"] = _group_major(scale, group_count(columns, group_size))
+    if "zero_point" in qt.fields:
+        zero = unpack_bits(qt.fields["zero_point"], scale.shape[1], bits)
+        tensors["zero_point"] = _group_major(zero, group_count(columns, group_size))
+    if "table" in qt.fields:
+        table = qt.fields["table"]
+        tensors["table"] = torch.cat([table, table.new_zeros((1 << _table_bits(layout)) - len(table))])
+    return tensors
+
+
+def unpack_tiles(scheme: Scheme, shape: tuple[int, int], tensors: dict[str, Tensor]) -> QuantizedTensor:
+    """The exact inverse of `pack_tiles`, bit for bit."""
+    out, columns = shape = _matrix(scheme, shape)
+    if isinstance(scheme, TrellisScheme):
+        fields = {
+            "codes": _unpack_trellis_codes(tensors["codes"], shape, scheme.row_bits),
+            "scale": tensors["scale"][0, :out].clone(),
+        }
+        return QuantizedTensor(scheme, shape, fields)
+    layout, bits = _layout_and_bits(scheme)
+    fields = {"codes": _unpack_plain_codes(tensors["codes"], shape, bits, layout)}
+    groups = group_count(columns, scheme.group_size)  # type: ignore[attr-defined]
+    if not (isinstance(scheme, LutScheme) and not scheme.scaled):
+        fields["scale"] = _row_major(tensors["scale"], out, groups)
+    if "zero_point" in tensors:
+        fields["zero_point"] = pack_bits(_row_major(tensors["zero_point"], out, groups), bits)
+    if isinstance(scheme, LutScheme):
+        fields["table"] = tensors["table"][: scheme.entries].clone()
+    return QuantizedTensor(scheme, shape, fields)
+
+
+def _matrix(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
+    reason = why_not_tiles(scheme, shape)
+    if reason is not None:
+        raise SchemeError(f"{scheme} {list(shape)} has no tiles: {reason}; dequantize it instead")
+    return shape[0], shape[1]
+
+
+def _layout_and_bits(scheme: Scheme) -> tuple[Layout, int]:
+    """(layout, bits of a canonical code) of a scheme that `why_not_tiles` lets through."""
+    layout = code_layout(scheme)
+    if layout is None:
+        raise SchemeError(f"{scheme} has no tiles")
+    return layout, scheme.bits  # type: ignore[attr-defined]
+
+
+def _table_bits(layout: Layout) -> int:
+    return {"bits2": 2, "bits3": 3}.get(layout, 4)
+
+
+def _pack_plain_codes(codes: Tensor, shape: tuple[int, int], bits: int, layout: Layout) -> Tensor:
+    out, n = shape
+    stream = codes.view(out, row_bytes(n, bits))
+    columns = padded(n)
+    packed = torch.empty(
+        padded(out) // SUPERBLOCK, columns // SUPERBLOCK, WORDS[layout], dtype=torch.int32, device=codes.device
+    )
+    step = max(1, CHUNK // (SUPERBLOCK * columns))
+    for first in range(0, len(packed), step):
+        to = packed[first : first + step]
+        rows = slice(first * SUPERBLOCK, min((first + step) * SUPERBLOCK, out))
+        part = unpack_bits(stream[rows], n, bits)
+        if tuple(part.shape) != (len(to) * SUPERBLOCK, columns):
+            whole = part.new_zeros(len(to) * SUPERBLOCK, columns)
+            whole[: len(part), :n] = part
+            part = whole
+        to.copy_(pack_codes(part, layout))
+    return packed
+
+
+def _unpack_plain_codes(packed: Tensor, shape: tuple[int, int], bits: int, layout: Layout) -> Tensor:
+    out, n = shape
+    stream = torch.empty(out, row_bytes(n, bits), dtype=torch.uint8, device=packed.device)
+    step = max(1, CHUNK // (SUPERBLOCK * padded(n)))
+    for first in range(0, len(packed), step):
+        rows = stream[first * SUPERBLOCK : (first + step) * SUPERBLOCK]
+        part = unpack_codes(packed[first : first + step], layout)
+        rows.copy_(pack_bits(part[: len(rows), :n], bits))
+    return stream.flatten()
+
+
+def _pack_trellis_codes(qt: QuantizedTensor, shape: tuple[int, int]) -> Tensor:
+    tile_rows, tiles = tile_count(shape)
+    codes = qt.fields["codes"].view(tile_rows, tiles, -1)
+    whole = padded(shape[0]) // TILE, padded(shape[1]) // TILE
+    if whole != (tile_rows, tiles):
+        inside, codes = codes, codes.new_zeros(*whole, codes.shape[2])
+        codes[:tile_rows, :tiles] = inside
+    return pack_trellis(codes)
+
+
+def _unpack_trellis_codes(packed: Tensor, shape: tuple[int, int], row_bits: int) -> Tensor:
+    tile_rows, tiles = tile_count(shape)
+    return unpack_trellis(packed, row_bits)[:tile_rows, :tiles].reshape(-1)
+
+
+def _group_major(values: Tensor, groups: int = 1) -> Tensor:
+    """[out, groups or fewer] -> [groups, NP], zeros beyond."""
+    whole = values.new_zeros(groups, padded(values.shape[0]))
+    whole[: values.shape[1], : values.shape[0]] = values.T
+    return whole
+
+
+def _row_major(values: Tensor, out: int, groups: int) -> Tensor:
+    """The inverse: [out, groups], contiguous."""
+    return values[:groups, :out].T.contiguous()
