@@ -3,7 +3,7 @@
     codes         int32 [NP / 64, KP / 64, words]   NP, KP: out and in rounded up to 64; `tile_codes` draws a superblock
     scale         float16 [groups, NP]              0 in rows beyond out and in groups beyond in; trellis: [1, NP]
     zero_point    uint8 [groups, NP]                asymmetric `int` only; else it is 2^(bits-1)
-    table         float16 [4, 8 or 16]              `lut`: one for the tensor, zeros beyond its entries
+    table         float16 [16]                      `lut`: one for the tensor, zeros beyond its entries
 
 Codes beyond the matrix are 0: a kernel fills activations beyond K with zeros and stores no row beyond N. Group k / g
 holds column k; groups are of 32 columns or of multiples of 64, or the whole row (one group).
@@ -26,6 +26,8 @@ from .tile_codes import SUPERBLOCK, TILE, WORDS, Layout, pack_codes, pack_trelli
 CHUNK = 1 << 22
 """Weights packed at a time: temporaries of some 40 MiB."""
 
+LARGEST_TABLE = 16
+
 _INT_LAYOUTS: dict[int, Layout] = {2: "bits2", 3: "bits3", 4: "bits4", 8: "bits8"}
 
 
@@ -33,7 +35,7 @@ def code_layout(scheme: Scheme) -> Layout | None:
     """How `tile_codes` stores the codes of a scheme; None where it does not, and for the trellis."""
     if isinstance(scheme, IntScheme):
         return _INT_LAYOUTS.get(scheme.bits)
-    if isinstance(scheme, LutScheme) and scheme.entries <= 16:
+    if isinstance(scheme, LutScheme) and scheme.entries <= LARGEST_TABLE:
         return "pairs4" if scheme.entries > 8 else "bits3" if scheme.entries > 4 else "bits2"
     return None
 
@@ -84,7 +86,7 @@ def pack_tiles(qt: QuantizedTensor) -> dict[str, Tensor]:
         tensors["zero_point"] = _group_major(zero, group_count(columns, group_size))
     if "table" in qt.fields:
         table = qt.fields["table"]
-        tensors["table"] = torch.cat([table, table.new_zeros((1 << _table_bits(layout)) - len(table))])
+        tensors["table"] = torch.cat([table, table.new_zeros(LARGEST_TABLE - len(table))])
     return tensors
 
 
@@ -122,10 +124,6 @@ def _layout_and_bits(scheme: Scheme) -> tuple[Layout, int]:
     if layout is None:
         raise SchemeError(f"{scheme} has no tiles")
     return layout, scheme.bits  # type: ignore[attr-defined]
-
-
-def _table_bits(layout: Layout) -> int:
-    return {"bits2": 2, "bits3": 3}.get(layout, 4)
 
 
 def _pack_plain_codes(codes: Tensor, shape: tuple[int, int], bits: int, layout: Layout) -> Tensor:
