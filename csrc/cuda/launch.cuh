@@ -50,6 +50,14 @@ int launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t shar
                                  std::index_sequence_for<Params...>());
 }
 
+// The most shared memory that a block may have on the current device. 0 or a cudaError_t.
+inline int shared_memory_of_block(int* bytes) {
+    int device = 0;
+    if (const int error = cudaGetDevice(&device))
+        return error;
+    return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 // How many blocks of that kernel the current device holds at once: the grid of a persistent kernel. 0 or a
 // cudaError_t. Microseconds, so for a plan, not for every call.
 template <class... Params>

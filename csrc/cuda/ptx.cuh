@@ -405,6 +405,15 @@ BP_DEVICE unsigned ld_acquire(const unsigned* p) {
 BP_DEVICE void st_release(unsigned* p, unsigned value) {
     asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
+// By way of the L2 alone: what another block wrote, once a fence and an atomic operation say that it has.
+BP_DEVICE uint32_t ld_cg(const uint32_t* p) {
+    uint32_t d;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(d) : "l"(__cvta_generic_to_global(p)) : "memory");
+    return d;
+}
+BP_DEVICE void st_cg(uint32_t* p, uint32_t value) {
+    asm volatile("st.global.cg.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(value) : "memory");
+}
 // 16 bytes of global memory that nobody writes during the kernel and that are read once: not kept in the L1.
 BP_DEVICE uint4 ld_stream128(const void* global) {
     uint4 d;

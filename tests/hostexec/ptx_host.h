@@ -348,6 +348,12 @@ BP_DEVICE void st_release(unsigned* p, unsigned value) {
     ::hostexec::progress();
     __atomic_store_n(p, value, __ATOMIC_RELEASE);
 }
+BP_DEVICE uint32_t ld_cg(const uint32_t* p) {
+    return *p;
+}
+BP_DEVICE void st_cg(uint32_t* p, uint32_t value) {
+    *p = value;
+}
 BP_DEVICE uint4 ld_stream128(const void* global) {
     return *static_cast<const uint4*>(global);
 }

@@ -1,0 +1,59 @@
+// The formats of gemm_w4a16 for one type of activations: a .cu file each, so that they compile side by side.
+#pragma once
+
+#include "gemm_launch.cuh"
+#include "gemm_w4a16.cuh"
+
+namespace bitpalette {
+
+template <class Act, class Do>
+int with_format16(CodeFormat format, int shape, Do&& act) {
+    switch (format) {
+    case CodeFormat::int2:
+        return with_shape<W4A16<IntFragment<Act, 2>>>(shape, act);
+    case CodeFormat::int3:
+        return with_shape<W4A16<IntFragment<Act, 3>>>(shape, act);
+    case CodeFormat::int4:
+        return with_shape<W4A16<IntFragment<Act, 4>>>(shape, act);
+    case CodeFormat::int8:
+        return with_shape<W4A16<IntFragment<Act, 8>>>(shape, act);
+    case CodeFormat::lut2:
+        return with_shape<W4A16<LutFragment<Act, 2>>>(shape, act);
+    case CodeFormat::lut3:
+        return with_shape<W4A16<LutFragment<Act, 3>>>(shape, act);
+    case CodeFormat::lut4:
+        return with_shape<W4A16<PairFragment<Act>>>(shape, act);
+    case CodeFormat::e4m3:
+        return with_shape<W4A16<E4M3Fragment<Act>>>(shape, act);
+    case CodeFormat::trellis:
+        return with_shape<W4A16<TrellisFragment<Act>>>(shape, act);
+    default:
+        return cannot_launch;
+    }
+}
+
+template <class Act>
+int plan16(const GemmWeight& weight, int tokens, bool batch_invariant, int shares, int shared_limit, GemmPlan* plan) {
+    plan->shape = shape_for(tokens, batch_invariant);
+    return with_format16<Act>(weight.format, plan->shape, [&](auto tag) {
+        return plan_gemm<typename decltype(tag)::Shape, typename decltype(tag)::Format>(weight, tokens, batch_invariant,
+                                                                                        shares, shared_limit, plan);
+    });
+}
+
+template <class Act>
+int launch16(const GemmWeight& weight, const GemmPlan& plan, const GemmTokens& tokens, void* parts, void* counters,
+             void* stream) {
+    return with_format16<Act>(weight.format, plan.shape, [&](auto tag) {
+        return launch_gemm<typename decltype(tag)::Shape, typename decltype(tag)::Format>(weight, plan, tokens, parts,
+                                                                                          counters, stream);
+    });
+}
+
+// gemm_w4a16_bf16.cu
+int plan_gemm_w4a16_bf16(const GemmWeight& weight, int tokens, bool batch_invariant, int shares, int shared_limit,
+                         GemmPlan* plan);
+int gemm_w4a16_bf16(const GemmWeight& weight, const GemmPlan& plan, const GemmTokens& tokens, void* parts,
+                    void* counters, void* stream);
+
+} // namespace bitpalette
