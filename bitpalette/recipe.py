@@ -37,8 +37,13 @@ PRESETS = {
     "awq": Preset("int", "awq", False, DEFAULT_GROUP_SIZE),
     "nf4": Preset("lut", "rtn", False, DEFAULT_GROUP_SIZE, {"table": "nf4"}, (4,)),
     "higgs": Preset("lut", "rtn", True, 0, {"table": "lloyd", "dims": 2}, (2, 3, 4)),
+    "mxfp4": Preset("float", "rtn", False, 32, {"scale_format": "e8m0"}, (4,)),
+    "nvfp4": Preset("float", "rtn", False, 16, {"scale_format": "e4m3"}, (4,)),
     "squeezellm": Preset("lut", "squeezellm", False, 0, {"table": "kmeans", "table_scope": "row", "scaled": False}),
 }
+
+FLOAT_ELEMENTS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
+"""Of codec float by its bits. Of the two with 6, e2m3 has a third of e3m2's squared error on N(0, 1)."""
 
 EFFORTS = {"fast": 12, "normal": 16, "best": 16}
 """Window of trellis codes by effort: what the search takes is proportional to 2^window. "best" tunes scales and norms
@@ -57,7 +62,7 @@ def scheme_for(
     """The scheme of `codec` at `bits` bits a weight. PlanError where they do not go together."""
     group = DEFAULT_GROUP_SIZE if group_size is None else group_size
     values: dict[str, Any]
-    if codec not in ("int", "lut", "trellis"):
+    if codec not in ("float", "int", "lut", "trellis"):
         raise PlanError(f"unknown codec {codec!r}; there are {codec_names()}")
     if asymmetric and codec != "int":
         raise PlanError(f"--asymmetric is of codec int; {codec} has no zero point")
@@ -71,6 +76,10 @@ def scheme_for(
         raise PlanError(f"--bits {bits:g} --codec {codec}: only codec trellis has fractions of a bit")
     elif codec == "int":
         values = {"codec": codec, "bits": int(bits), "group_size": group, "symmetric": not asymmetric}
+    elif codec == "float":
+        if int(bits) not in FLOAT_ELEMENTS:
+            raise PlanError(f"--bits {bits:g} --codec float: it has {list(FLOAT_ELEMENTS)} bits")
+        values = {"codec": codec, "element": FLOAT_ELEMENTS[int(bits)], "group_size": group, **(table or {})}
     else:
         table = table or {"table": "lloyd"}
         values = {"codec": codec, "entries": 1 << int(bits) * table.get("dims", 1), "group_size": group, **table}

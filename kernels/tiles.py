@@ -3,7 +3,7 @@
     codes         int32 [NP / 64, KP / 64, words]   NP, KP: out and in rounded up to 64; `tile_codes` draws a superblock
     scale         float16 [groups, NP]              0 in rows beyond out and in groups beyond in; trellis: [1, NP]
     zero_point    uint8 [groups, NP]                asymmetric `int` only; else it is 2^(bits-1)
-    table         float16 [16]                      `lut`: one for the tensor, zeros beyond its entries
+    table         float16 [16]                      `lut`: one for the tensor, zeros beyond its entries; e2m1's values
 
 Codes beyond the matrix are 0: a kernel fills activations beyond K with zeros and stores no row beyond N. Group k / g
 holds column k; groups are of 32 columns or of multiples of 64, or the whole row (one group).
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..quant.bitstream import pack_bits, row_bytes, unpack_bits
 from ..quant.codec import group_count
+from ..quant.float import FloatScheme
 from ..quant.int import IntScheme
 from ..quant.lut import LutScheme
 from ..quant.scheme import Scheme, SchemeError
@@ -29,6 +30,7 @@ CHUNK = 1 << 22
 LARGEST_TABLE = 16
 
 _INT_LAYOUTS: dict[int, Layout] = {2: "bits2", 3: "bits3", 4: "bits4", 8: "bits8"}
+_FLOAT_LAYOUTS: dict[str, Layout] = {"e2m1": "pairs4", "e4m3": "bits8"}
 
 
 def code_layout(scheme: Scheme) -> Layout | None:
@@ -37,6 +39,8 @@ def code_layout(scheme: Scheme) -> Layout | None:
         return _INT_LAYOUTS.get(scheme.bits)
     if isinstance(scheme, LutScheme) and scheme.entries <= LARGEST_TABLE:
         return "pairs4" if scheme.entries > 8 else "bits3" if scheme.entries > 4 else "bits2"
+    if isinstance(scheme, FloatScheme):
+        return _FLOAT_LAYOUTS.get(scheme.element)
     return None
 
 
@@ -60,8 +64,13 @@ def why_not_tiles(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
             return "needs one table for the tensor, not one a row"
         if code_layout(scheme) is None:
             return f"packs tables of 4 to 16 entries, not {scheme.entries}"
+    elif isinstance(scheme, FloatScheme):
+        if code_layout(scheme) is None:
+            return f"packs float elements {' and '.join(_FLOAT_LAYOUTS)}, not {scheme.element}"
+        if scheme.scale_format != "fp16":
+            return f"needs scales of fp16, not {scheme.scale_format}"
     else:
-        return f"packs codecs int, lut and trellis, not {scheme.codec}"
+        return f"packs codecs float, int, lut and trellis, not {scheme.codec}"
     if scheme.group_size % SUPERBLOCK and scheme.group_size != 32:
         return f"needs a group_size of 32, a multiple of {SUPERBLOCK} or 0 (whole row), not {scheme.group_size}"
     return None
@@ -87,6 +96,8 @@ def pack_tiles(qt: QuantizedTensor) -> dict[str, Tensor]:
     if "table" in qt.fields:
         table = qt.fields["table"]
         tensors["table"] = torch.cat([table, table.new_zeros(LARGEST_TABLE - len(table))])
+    elif isinstance(scheme, FloatScheme) and layout == "pairs4":
+        tensors["table"] = scheme.format.values.to(scale.device, torch.float16)
     return tensors
 
 

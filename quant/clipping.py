@@ -22,6 +22,9 @@ LADDER = (1.0, 0.97, 0.94, 0.91, 0.88, 0.84, 0.8, 0.75, 0.7, 0.64, 0.57, 0.5, 0.
 """Fractions of the scale that covers every weight: fine at the top, where 6 to 8 bits have their best, and down to
 .15, for one-bit levels and for rows with outliers."""
 
+AsStored = Callable[[Tensor], Tensor]
+"""Scales float32, rounded to those that the codec stores."""
+
 FINER = (0.965, 0.9825, 1.0175, 1.035)
 LEAST_SQUARES_STEPS = 2
 IMPORTANCE_FLOOR = 1e-4
@@ -32,6 +35,11 @@ _CHUNK = 1 << 17
 threads to be worth their start."""
 
 
+def fp16_scale(scale: Tensor) -> Tensor:
+    """float32 values rounded to those of fp16."""
+    return scale.to(torch.float16).float()
+
+
 def least_error_scale(
     w: Tensor,
     level: Level,
@@ -40,12 +48,13 @@ def least_error_scale(
     *,
     zero_top: int = 0,
     ladder: Sequence[float] = LADDER,
+    as_stored: AsStored = fp16_scale,
 ) -> tuple[Tensor, Tensor]:
-    """(scale, zero) float32 [rows, groups] with the least error of w float32 [rows, groups, n] in fp16 scales.
+    """(scale, zero) float32 [rows, groups] with the least error of w float32 [rows, groups, n] in stored scales.
 
     starts: (scale, zero) pairs [rows, groups], each scale covering every weight; the ladder goes down from each.
     importance: [groups, n], weighs the squares. zero_top: above 0 the zero point is searched too, in 0..zero_top.
-    Raises SchemeError where a covering scale does not fit in fp16.
+    as_stored: rounds scales as they will be stored. Raises SchemeError where a covering scale is beyond fp16.
     """
     largest = max(float(scale.abs().max()) for scale, _ in starts)
     if not largest <= 65504:
@@ -59,7 +68,7 @@ def least_error_scale(
         importance = importance.clamp(min=IMPORTANCE_FLOOR, max=1e6)
     rows = chunk_rows(w)
     out = [
-        _search(chunk, level, [(s[i], z[i]) for s, z in starts], importance, zero_top, ladder)
+        _search(_Best(chunk, level, importance, as_stored), [(s[i], z[i]) for s, z in starts], zero_top, ladder)
         for chunk, i in zip(w.split(rows), torch.arange(w.shape[0], device=w.device).split(rows), strict=True)
     ]
     return torch.cat([scale for scale, _ in out]), torch.cat([zero for _, zero in out])
@@ -71,14 +80,8 @@ def chunk_rows(w: Tensor) -> int:
 
 
 def _search(
-    w: Tensor,
-    level: Level,
-    starts: Sequence[tuple[Tensor, Tensor]],
-    importance: Tensor | None,
-    zero_top: int,
-    ladder: Sequence[float],
+    best: _Best, starts: Sequence[tuple[Tensor, Tensor]], zero_top: int, ladder: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    best = _Best(w, level, importance)
     for scale, zero in starts:
         for factor in ladder:
             best.offer(scale * factor, zero)
@@ -97,14 +100,14 @@ def _search(
 class _Best:
     """The best (scale, zero) offered so far for each group."""
 
-    def __init__(self, w: Tensor, level: Level, importance: Tensor | None) -> None:
-        self.w, self.level, self.importance = w, level, importance
+    def __init__(self, w: Tensor, level: Level, importance: Tensor | None, as_stored: AsStored) -> None:
+        self.w, self.level, self.importance, self.as_stored = w, level, importance, as_stored
         self.weighted = w if importance is None else w * importance
         self.error = w.new_full(w.shape[:-1], torch.inf)
         self.scale, self.zero = torch.zeros_like(self.error), torch.zeros_like(self.error)
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
-        scale = scale.to(torch.float16).float()  # as it will be stored
+        scale = self.as_stored(scale)
         squares = self._levels(scale, zero).mul_(scale[..., None]).sub_(self.w).square_()
         if self.importance is not None:
             squares.mul_(self.importance)

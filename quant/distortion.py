@@ -90,7 +90,21 @@ def _trellis_points(window: int) -> list[Point]:
     ]
 
 
-POINTS: dict[str, Callable[[int], list[Point]]] = {"int": _int_points, "lut": _lut_points, "trellis": _trellis_points}
+def _float_points(window: int) -> list[Point]:
+    rows = [Point("float", {"codec": "float", "element": name}) for name in ("e2m1", "e2m3", "e4m3")]
+    other = Point("float e3m2", {"codec": "float", "element": "e3m2"})
+    blocks = {"codec": "float", "scale_format": "e8m0", "group_size": 32}
+    mx = [Point("float mx", {**blocks, "element": name}) for name in ("e2m1", "e2m3", "e4m3")]
+    nvfp4 = Point("float nvfp4", {"codec": "float", "scale_format": "e4m3", "group_size": 16})
+    return [*rows, other, *mx, nvfp4]
+
+
+POINTS: dict[str, Callable[[int], list[Point]]] = {
+    "float": _float_points,
+    "int": _int_points,
+    "lut": _lut_points,
+    "trellis": _trellis_points,
+}
 """{codec: its points for a window of the trellis}. A codec that is not here is not measured, which a test forbids."""
 
 

@@ -28,13 +28,18 @@ def run(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="A method by name: trellis, gptq, awq, nf4, higgs, squeezellm.", show_default="trellis"),
+        typer.Option(
+            help="A method by name: trellis, gptq, awq, nf4, higgs, mxfp4, nvfp4, squeezellm.", show_default="trellis"
+        ),
     ] = None,
     effort: Annotated[
         str, typer.Option(help="fast, normal, or best: how long to search for trellis codes; best tunes afterwards.")
     ] = "normal",
     codec: Annotated[
-        str | None, typer.Option(help="trellis, int (uniform levels) or lut (a table).", show_default="the preset's")
+        str | None,
+        typer.Option(
+            help="trellis, int (uniform levels), lut (a table) or float (fp4, fp6, fp8).", show_default="the preset's"
+        ),
     ] = None,
     solver: Annotated[
         str | None, typer.Option(help="rtn, gptq, ldlq, awq, or awq+gptq.", show_default="the preset's")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..quant.bitstream import pack_bits
+from ..quant.float import FloatScheme
 from ..quant.gaussian_grid import gaussian_grid
 from ..quant.lloyd import lloyd_max
 from ..quant.lut import LutScheme, nf4
@@ -17,13 +18,15 @@ SCALE = 0.01
 
 
 def random_weight(scheme: Scheme, shape: tuple[int, int], generator: torch.Generator) -> QuantizedTensor:
-    """Any bytes are codes of some weight, in every codec, so none is searched for. SchemeError for a misfit."""
+    """Any bytes are codes of some weight, NaN in float apart, so none is searched for. SchemeError for a misfit."""
     fields: dict[str, Tensor] = {}
     for name, (size, dtype) in field_specs(scheme, shape).items():
         if name == "table" and isinstance(scheme, LutScheme):
             fields[name] = _table(scheme, size, generator)
         elif name == "codes" and isinstance(scheme, LutScheme) and scheme.entries & (scheme.entries - 1):
             fields[name] = _codes_below(scheme, shape, generator)
+        elif isinstance(scheme, FloatScheme) and dtype == torch.uint8:
+            fields[name] = _finite_bytes(scheme, name, size, generator)
         elif dtype.is_floating_point:
             fields[name] = (SCALE * (0.5 + torch.rand(size, generator=generator))).to(dtype)
         else:
@@ -42,6 +45,15 @@ def _table(scheme: LutScheme, size: tuple[int, ...], generator: torch.Generator)
     else:
         levels = torch.tensor(nf4() if scheme.table == "nf4" else lloyd_max(scheme.entries))
     return levels.to(torch.float16)
+
+
+def _finite_bytes(scheme: FloatScheme, name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Codes of numbers: e4m3 has NaN at 0x7F and 0xFF. Scales are positive, of the size that weights need."""
+    if name == "scale":
+        low, high = (118, 124) if scheme.scale_format == "e8m0" else (0x38, 0x7F)
+        return torch.randint(low, high, size, dtype=torch.uint8, generator=generator)
+    codes = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    return codes ^ (codes & 0x7F == 0x7F).to(torch.uint8) if scheme.element == "e4m3" else codes
 
 
 def _codes_below(scheme: LutScheme, shape: tuple[int, int], generator: torch.Generator) -> Tensor:

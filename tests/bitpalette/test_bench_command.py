@@ -131,7 +131,7 @@ def spy(draw: Callable[..., Any], seen: list[Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--codec", "fp4"), "unknown codec 'fp4'; there are ['int', 'lut'"),
+        (("--codec", "fp4"), "unknown codec 'fp4'; there are ['float', 'int', 'lut'"),
         (("--codec", "int", "--rate", "2.25"), "no point at 2.25 bits in ['int']; nearest 2 and 3"),
         (("--rate", "2.3"), "no point at 2.3 bits"),
         (("--rate", "two"), "--rate is a number of bits, such as 2.25, or all alone; got two"),

@@ -42,6 +42,7 @@ def test_defaults() -> None:
         ({"group_size": 32}, "int", "gptq"),
         ({"asymmetric": True}, "int", "gptq"),
         ({"codec": "lut"}, "lut", "gptq"),
+        ({"codec": "float"}, "float", "gptq"),
         ({"codec": "int", "solver": "ldlq"}, "int", "ldlq"),
     ],
 )
@@ -57,6 +58,8 @@ def test_what_bits_and_solver_amount_to(options: dict[str, Any], codec: str, sol
         ("gptq", 3, "gptq", {"codec": "int", "bits": 3, "group_size": 64, "transforms": ["rotate"]}),
         ("awq", 4, "awq", {"codec": "int", "bits": 4, "group_size": 64}),
         ("nf4", 4, "rtn", {"codec": "lut", "table": "nf4", "group_size": 64}),
+        ("mxfp4", 4, "rtn", {"codec": "float", "scale_format": "e8m0", "group_size": 32}),
+        ("nvfp4", 4, "rtn", {"codec": "float", "scale_format": "e4m3", "group_size": 16}),
         ("higgs", 3, "rtn", {"codec": "lut", "entries": 64, "dims": 2, "transforms": ["rotate"]}),
         (
             "squeezellm",
@@ -101,6 +104,8 @@ def test_options_of_the_scheme() -> None:
     assert scheme_for("int", 2, 32, asymmetric=True) == int_scheme(bits=2, group_size=32, symmetric=False)
     table = scheme_for("lut", 3, 32).to_dict()
     assert (table["codec"], table["entries"], table["group_size"]) == ("lut", 8, 32)
+    for bits, element in ((4, "e2m1"), (6, "e2m3"), (8, "e4m3")):
+        assert scheme_for("float", bits, 0) == Scheme.from_dict({"codec": "float", "element": element})
 
 
 @pytest.mark.parametrize(
@@ -166,6 +171,10 @@ def test_bits_that_make_no_sense(name: str, bits: int) -> None:
         ({"codec": "nonsuch"}, "unknown codec 'nonsuch'; there are"),
         ({"codec": "nonsuch", "bits": 16}, "unknown codec 'nonsuch'; there are"),
         ({"codec": "lut", "bits": 1}, "--bits 1 --codec lut"),
+        ({"codec": "float", "bits": 5}, r"--bits 5 --codec float: it has \[4, 6, 8\] bits"),
+        ({"codec": "float", "bits": 4.5}, "--bits 4.5 --codec float"),
+        ({"codec": "float", "asymmetric": True}, "--asymmetric is of codec int"),
+        ({"preset": "mxfp4", "group_size": 64}, "group_size 32; got 64"),
         ({"codec": "lut", "asymmetric": True}, "--asymmetric is of codec int"),
         ({"group_size": 3}, "--bits 4 --codec int --group-size 3: group_size is .* at least 8"),
         ({"group_size": -64}, "got -64"),

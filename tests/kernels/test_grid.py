@@ -28,6 +28,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 EXAMPLES: dict[str, list[dict]] = {
+    "float": [
+        *({"codec": "float", "element": e, "group_size": g} for e in ("e2m1", "e2m3", "e3m2", "e4m3") for g in (0, 64)),
+        *(
+            {"codec": "float", "element": e, "group_size": 32, "scale_format": "e8m0"}
+            for e in ("e2m1", "e2m3", "e3m2", "e4m3")
+        ),
+        {"codec": "float", "group_size": 16, "scale_format": "e4m3"},
+    ],
     "int": [
         {"codec": "int", "bits": bits, "symmetric": symmetric, **rest}
         for bits in range(1, 9)

@@ -25,6 +25,7 @@ SCHEMES = [
         for s in (0, 1)
     ),
     *({"codec": "lut", "entries": e, "table": "kmeans", "group_size": g} for e in (4, 8, 16) for g in GROUPS),
+    *({"codec": "float", "element": e, "group_size": g} for e in ("e2m1", "e4m3") for g in GROUPS),
     *({"codec": "lut", "entries": e, "table": "kmeans"} for e in (5, 6, 7, 9, 11, 15)),
     *({"codec": "lut", "entries": e, "table": "kmeans", "scaled": False} for e in (4, 7, 16)),
     *(
@@ -133,6 +134,8 @@ LAYOUTS = [
     ({"codec": "lut", "entries": 8}, "bits3", 3),
     ({"codec": "lut", "entries": 9, "table": "kmeans"}, "pairs4", 4),
     ({"codec": "lut"}, "pairs4", 4),
+    ({"codec": "float"}, "pairs4", 4),
+    ({"codec": "float", "element": "e4m3"}, "bits8", 8),
 ]
 
 
@@ -242,6 +245,13 @@ def test_table_is_padded(entries: int) -> None:
     assert equal_bits(table[:entries], qt.fields["table"]) and table[entries:].tolist() == [0.0] * (16 - entries)
 
 
+def test_the_table_of_e2m1() -> None:
+    positive = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table = pack_tiles(random_tensor(Scheme.from_dict({"codec": "float"}), (3, 40)))["table"]
+    assert table.dtype == torch.float16 and table.tolist() == positive + [-v for v in positive]
+    assert "table" not in pack_tiles(random_tensor(Scheme.from_dict({"codec": "float", "element": "e4m3"}), (3, 40)))
+
+
 def test_a_table_in_units_of_the_weights_has_scale_one() -> None:
     qt = random_tensor(Scheme.from_dict({"codec": "lut", "table": "kmeans", "scaled": False}), (70, 40))
     assert pack_tiles(qt)["scale"].tolist() == [[1.0] * 70 + [0.0] * 58]
@@ -269,6 +279,9 @@ def test_trellis_scale_of_padded_rows_is_zero() -> None:
         ({"codec": "lut", "entries": 16, "dims": 2}, (16, 64), "not for 2"),
         ({"codec": "lut", "table": "kmeans", "table_scope": "row"}, (16, 64), "not one a row"),
         ({"codec": "lut", "group_size": 48}, (16, 64), "not 48"),
+        ({"codec": "float", "element": "e2m3"}, (16, 64), "not e2m3"),
+        ({"codec": "float", "scale_format": "e8m0", "group_size": 32}, (16, 64), "not e8m0"),
+        ({"codec": "float", "scale_format": "e4m3", "group_size": 16}, (16, 64), "not e4m3"),
     ],
     ids=str,
 )

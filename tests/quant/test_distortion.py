@@ -52,6 +52,9 @@ def test_every_codec_has_points() -> None:
 
 def test_rates() -> None:
     assert rates(points_of("int")) == list(range(1, 9))
+    floats = points_of("float")
+    assert rates([p for p in floats if p.series == "float"]) == [4, 6, 8]
+    assert rates([p for p in floats if p.series == "float mx"]) == [4, 6, 8]
     lut = points_of("lut")
     assert rates([p for p in lut if p.series == "lut lloyd"]) == list(range(2, 9))
     assert rates([p for p in lut if p.series == "lut nf4"]) == [4]
@@ -160,7 +163,8 @@ def test_choice() -> None:
     assert len(choose_points(rates=None)) > len(usual)
     four = choose_points(rates=[4])
     assert {p.rate for p in four} == {4}
-    assert {p.series for p in four} == {"int", "lut lloyd", "lut nf4", "lut pairs", "trellis, window 16"}
+    floats = {"float", "float mx", "float nvfp4"}
+    assert {p.series for p in four} == {*floats, "int", "lut lloyd", "lut nf4", "lut pairs", "trellis, window 16"}
     assert {p.codec for p in choose_points(rates=[2.0625])} == {"trellis"}
     assert rates(choose_points(["int", "int"], [3, 2, 2])) == [2, 3]
     mixed = choose_points(["int", "trellis"], [2, 2.25], 14)  # 2.25 is of one of them: enough

@@ -166,7 +166,7 @@ def test_stack_and_unstack(layout: dict, rng_weight) -> None:
         stack([parts[0], quantize_tensor(rng_weight(6, 78), scheme)])
 
 
-@pytest.mark.parametrize("codec", ["int", "lut"])
+@pytest.mark.parametrize("codec", ["float", "int", "lut"])
 def test_fit_by_groups_is_fit(codec: str, rng_weight) -> None:
     scheme = get_codec(codec).scheme_class(group_size=32)
     w, importance = rng_weight(9, 80), rng_weight(80, seed=1).square()

@@ -19,6 +19,11 @@ from bitpalette.quant.transform import transform_names
 SHAPES = [(1, 1), (3, 17), (17, 123), (8, 577), (5, 1537)]
 MORE: dict[str, list[dict[str, Any]]] = {  # beside a codec's defaults
     "int": [{"bits": 3, "group_size": 16, "symmetric": False}, {"bits": 8, "per_input_channel": True}],
+    "float": [
+        {"element": "e4m3"},
+        {"group_size": 32, "scale_format": "e8m0", "element": "e3m2"},
+        {"group_size": 16, "scale_format": "e4m3"},
+    ],
     "trellis": [{"rate": 3.0625, "window": 12}, {"rate": 4.5, "window": 14}],
     "lut": [
         {"table": "kmeans", "table_scope": "row", "entries": 9},
@@ -41,7 +46,7 @@ def stats_of(n: int) -> Stats:
 
 
 def test_names() -> None:
-    assert {"int", "lut"} <= set(codec_names())
+    assert {"float", "int", "lut"} <= set(codec_names())
     assert {"rotate", "scale"} <= set(transform_names())
     assert {"rtn", "gptq"} <= set(solver_names())
     for marker in ("CODEC", "TRANSFORM", "SOLVER"):

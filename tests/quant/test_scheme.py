@@ -8,6 +8,7 @@ import math
 import pytest
 
 from bitpalette.quant.codec import get_codec
+from bitpalette.quant.float import FloatScheme
 from bitpalette.quant.int import IntScheme
 from bitpalette.quant.lut import LutScheme
 from bitpalette.quant.scheme import Scheme, SchemeError
@@ -19,6 +20,9 @@ GOOD = [
     {"codec": "int"},
     {"codec": "int", "bits": 3, "group_size": 64, "symmetric": False, "transforms": ["rotate"]},
     {"codec": "int", "bits": 8, "per_input_channel": True, "transforms": ["scale", "rotate"]},
+    {"codec": "float"},
+    {"codec": "float", "element": "e3m2", "scale_format": "e8m0", "group_size": 32},
+    {"codec": "float", "scale_format": "e4m3", "group_size": 16, "transforms": ["rotate"]},
     {"codec": "lut", "table": "nf4", "group_size": 64},
     {"codec": "lut", "table": "kmeans", "table_scope": "row", "entries": 5, "scaled": False},
     {"codec": "lut", "table": "values", "entries": 4, "values": [-1.5, -0.5, 0.5, 2.0]},
@@ -44,6 +48,13 @@ BAD = [
     ({"codec": "int", "transforms": [1]}, "1"),
     ({"codec": "int", "transforms": None}, "None"),
     ({"codec": "nit"}, "nit"),
+    ({"codec": "float", "element": "e5m2"}, "e5m2"),
+    ({"codec": "float", "element": 4}, "4"),
+    ({"codec": "float", "group_size": 7}, "7"),
+    ({"codec": "float", "scale_format": "bf16"}, "bf16"),
+    ({"codec": "float", "scale_format": "e8m0", "group_size": 64}, "64"),
+    ({"codec": "float", "scale_format": "e4m3", "group_size": 32}, "32"),
+    ({"codec": "float", "scale_format": "e4m3", "group_size": 16, "element": "e4m3"}, "e2m1"),
     ({"codec": 4}, "4"),
     ({"bits": 4}, "bits"),
     ({}, "{}"),
@@ -92,7 +103,7 @@ def test_what_makes_no_sense_is_refused_by_value(values: object, named: str) -> 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("scheme", [IntScheme(group_size=64), LutScheme(group_size=64)])
+@pytest.mark.parametrize("scheme", [FloatScheme(group_size=64), IntScheme(group_size=64), LutScheme(group_size=64)])
 def test_group_wider_than_the_weight(scheme: Scheme) -> None:
     scheme.check_shape((8, 64))
     with pytest.raises(SchemeError, match=r"64.*63"):
