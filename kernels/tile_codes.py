@@ -10,6 +10,8 @@ product (PTX ISA, "Matrix Fragments for mma.m16n8k16") whose k slots 2t, 2t+1, 2
                  (g, c0)  (g+8, c0)  (g, c2)  (g+8, c2)  (g, c1)  (g+8, c1)  (g, c3)  (g+8, c3)
     bits2   word[n16][lane][2]: the nibbles of tile k16 are (word[k16 / 2] >> 2 (k16 % 2)) & 0x33333333
     bits3   the bits2 layout of code & 3 (256 words), then word[n16][lane]: bit 4 s + k16 = code >> 2 of nibble slot s
+    pairs2, pairs3   as bits2 and bits3 with the nibbles in pairs of columns, so that four are a selector of bytes:
+            (g, c0)  (g, c1)  (g+8, c0)  (g+8, c1)  (g, c2)  (g, c3)  (g+8, c2)  (g+8, c3)
     bits8   word[n16][lane][k16][2]: word 0 row g, word 1 row g + 8, bytes c0, c2, c1, c3
     pairs4  word[n16][lane][k16], a byte a pair of columns (low nibble the first), an index into a table of 256 pairs:
             byte 0 (g; c0, c1)   byte 1 (g+8; c0, c1)   byte 2 (g; c2, c3)   byte 3 (g+8; c2, c3)
@@ -29,10 +31,20 @@ from torch import Tensor
 SUPERBLOCK, TILE = 64, 16
 TILES = SUPERBLOCK // TILE
 
-Layout = Literal["bits2", "bits3", "bits4", "bits8", "pairs4"]
+Layout = Literal["bits2", "bits3", "bits4", "bits8", "pairs2", "pairs3", "pairs4"]
 
-WORDS: dict[Layout, int] = {"bits2": 256, "bits3": 384, "bits4": 512, "pairs4": 512, "bits8": 1024}
+WORDS: dict[Layout, int] = {
+    "bits2": 256,
+    "bits3": 384,
+    "bits4": 512,
+    "bits8": 1024,
+    "pairs2": 256,
+    "pairs3": 384,
+    "pairs4": 512,
+}
 """uint32 words of a superblock."""
+
+_IN_PAIRS = ("pairs2", "pairs3", "pairs4")
 
 
 def padded(n: int) -> int:
@@ -47,27 +59,28 @@ def pack_codes(codes: Tensor, layout: Layout) -> Tensor:
     quads = codes.contiguous().view(torch.int32).view(blocks[0], TILES, 2, 8, -1)
     if layout == "bits8":
         return _lane_major(_even_odd(quads).movedim(2, -1), blocks).view(*blocks, -1)
-    if layout == "bits3":
-        low, high = _nibbles(quads & 0x03030303), _nibbles((quads >> 2) & 0x01010101)
+    nibbles = _pairs if layout in _IN_PAIRS else _nibbles
+    if layout in ("bits3", "pairs3"):
+        low, high = nibbles(quads & 0x03030303), nibbles((quads >> 2) & 0x01010101)
         planes = [_in_twos(_lane_major(low, blocks)), _in_fours(_lane_major(high, blocks))]
         return torch.cat([plane.view(*blocks, -1) for plane in planes], -1)
-    words = _lane_major(_pairs(quads) if layout == "pairs4" else _nibbles(quads), blocks)
-    return (_in_twos(words) if layout == "bits2" else words).view(*blocks, -1)
+    words = _lane_major(nibbles(quads), blocks)
+    return (_in_twos(words) if layout in ("bits2", "pairs2") else words).view(*blocks, -1)
 
 
 def unpack_codes(packed: Tensor, layout: Layout) -> Tensor:
     """The inverse: int32 [a, b, WORDS[layout]] -> uint8 [64 a, 64 b]."""
     blocks = packed.shape[0], packed.shape[1]
+    of_nibbles = _quads_of_pairs if layout in _IN_PAIRS else _quads_of_nibbles
     if layout == "bits8":
         quads = _even_odd(_row_major(packed.view(*blocks, TILES, 8, 4, TILES, 2)).movedim(-1, 2))
-    elif layout == "bits3":
+    elif layout in ("bits3", "pairs3"):
         low, high = packed[..., :256].view(*blocks, TILES, 8, 4, 2), packed[..., 256:].view(*blocks, TILES, 8, 4)
         tops = torch.stack([(high >> k16) & 0x11111111 for k16 in range(TILES)], -1)
-        quads = _quads_of_nibbles(_row_major(_from_twos(low))) | _quads_of_nibbles(_row_major(tops)) << 2
+        quads = of_nibbles(_row_major(_from_twos(low))) | of_nibbles(_row_major(tops)) << 2
     else:
         lanes = packed.view(*blocks, TILES, 8, 4, -1)
-        words = _row_major(_from_twos(lanes) if layout == "bits2" else lanes)
-        quads = _quads_of_pairs(words) if layout == "pairs4" else _quads_of_nibbles(words)
+        quads = of_nibbles(_row_major(_from_twos(lanes) if layout in ("bits2", "pairs2") else lanes))
     return quads.contiguous().view(torch.uint8).view(blocks[0] * SUPERBLOCK, blocks[1] * SUPERBLOCK)
 
 

@@ -38,7 +38,7 @@ def code_layout(scheme: Scheme) -> Layout | None:
     if isinstance(scheme, IntScheme):
         return _INT_LAYOUTS.get(scheme.bits)
     if isinstance(scheme, LutScheme) and scheme.entries <= LARGEST_TABLE:
-        return "pairs4" if scheme.entries > 8 else "bits3" if scheme.entries > 4 else "bits2"
+        return "pairs4" if scheme.entries > 8 else "pairs3" if scheme.entries > 4 else "pairs2"
     if isinstance(scheme, FloatScheme):
         return _FLOAT_LAYOUTS.get(scheme.element)
     return None
