@@ -20,7 +20,7 @@ struct GemmWeight {
     const void* offset;      // uint8 [groups][padded rows], progressive
     const void* table;       // fp16 [16], of lut
     const void* bias;        // [rows] in the type of y, or null
-    int group;               // columns that share a scale: 32, a multiple of 64, or 0 for the whole row
+    int group;               // columns that share a scale: 32, 64, 128 or another power of two, or 0 for the whole row
     int row_bits, window;    // of the trellis
 };
 

@@ -34,9 +34,10 @@ struct GemmArgs {
     uint32_t* parts;          // stream_k.cuh: [2 shares][rows * tokens of a tile]
     unsigned* arrived;        // [tiles], all zero; left so
     int tokens, rows, columns;
-    int row_bytes; // of x that are read, a multiple of 16: beyond are zeros
-    int group;     // columns that share a scale: 32 or a multiple of 64; at least `columns` for one a row
-    int stages;    // steps under way, 2 to 6
+    int row_bytes;   // of x that are read, a multiple of 16: beyond are zeros
+    int halves;      // groups in a superblock: 2 where 32 columns share a scale, else 1
+    int group_shift; // log2 of the superblocks in a group; 30 for one group
+    int stages;      // steps under way: 2, 3, 4 or 6
     FragmentArgs fragment;
     StreamK work;
 };
@@ -87,7 +88,6 @@ class Gemm {
     const int warp_n, share;      // this warp's superblock along N; which of the warps that share it this is
     const int blocks_n, blocks_k; // superblocks of the weight
     const int token_blocks;       // output tiles along the tokens
-    const int halves;             // groups in a superblock: 2 where they have 32 columns, else 1
     Total* const sums;            // shared memory, [warps_n][warps_k - 1][16][tokens]
     uint8_t* const stages;
     typename Format::Table table;
@@ -98,7 +98,7 @@ class Gemm {
         : args(args), layout(args), lane(ptx::lane()), warp_k(ptx::warp() % Shape::warps_k),
           warp_n(ptx::warp() / Shape::warps_k / Shape::sharing), share(ptx::warp() / Shape::warps_k % Shape::sharing),
           blocks_n((args.rows + block_side - 1) / block_side), blocks_k((args.columns + block_side - 1) / block_side),
-          token_blocks((args.tokens + Shape::tokens - 1) / Shape::tokens), halves(args.group == 32 ? 2 : 1),
+          token_blocks((args.tokens + Shape::tokens - 1) / Shape::tokens),
           sums(reinterpret_cast<Total*>(shared + Format::table_bytes)),
           stages(shared + Format::table_bytes + 4 * Shape::sums) {
         Format::fill(args.fragment, shared, Shape::threads / 32);
@@ -109,23 +109,25 @@ class Gemm {
     BP_DEVICE void run() {
         const int end = args.work.begin(ptx::block() + 1);
         Place at = place(args.work.begin(ptx::block())), ahead = at;
-        for (int stage = 0; stage < args.stages - 1; ++stage)
-            copy(ahead, end, stage);
-        int slot = 0, free_slot = args.stages - 1;
-        clear();
+        uint8_t *stage = stages, *free_stage = stages;
+        for (int i = 0; i < args.stages - 1; ++i, free_stage += layout.stage)
+            copy(ahead, end, free_stage);
+        const uint8_t* const last_stage = free_stage;
         while (at.step < end) {
-            wait();
-            // everybody's copies of this step are there, and the stage that was read last is free
-            BP_MUTATE(gemm_barrier, (void)0, ptx::sync_threads());
-            copy(ahead, end, BP_MUTATE(gemm_live_stage, slot, free_slot));
-            compute(at, stages + slot * layout.stage);
-            slot = slot + 1 == args.stages ? 0 : slot + 1;
-            free_slot = free_slot + 1 == args.stages ? 0 : free_slot + 1;
-            if (at.step + 1 == end || at.k + 1 == args.work.steps) {
-                finish(at);
-                clear();
+            clear();
+            // the steps of this tile that are this block's
+            const int rest = args.work.steps - at.k, until = at.step + rest < end ? at.step + rest : end;
+            for (; at.step < until; ++at.step, ++at.k) {
+                wait();
+                // everybody's copies of this step are there, and the stage that was read last is free
+                BP_MUTATE(gemm_barrier, (void)0, ptx::sync_threads());
+                copy(ahead, end, BP_MUTATE(gemm_live_stage, stage, free_stage));
+                compute(at, stage);
+                free_stage = stage;
+                stage = stage == last_stage ? stages : stage + layout.stage;
             }
-            advance(at);
+            finish(at);
+            next_tile(at);
         }
         ptx::cp_async_wait<0>();
     }
@@ -141,10 +143,14 @@ class Gemm {
         return {step, tile, step - tile * args.work.steps, tile / token_blocks * Shape::blocks_n,
                 tile % token_blocks * Shape::tokens};
     }
-    BP_DEVICE void advance(Place& at) const {
-        ++at.step;
-        if (++at.k == args.work.steps)
-            at = place(at.step);
+    BP_DEVICE void next_tile(Place& at) const {
+        at.k = 0;
+        ++at.tile;
+        at.token += Shape::tokens;
+        if (at.token >= args.tokens) {
+            at.token = 0;
+            at.n += Shape::blocks_n;
+        }
     }
 
     BP_DEVICE void clear() {
@@ -152,26 +158,31 @@ class Gemm {
     }
 
     // Starts the copies of one step, and commits them as one group; an empty group beyond the end.
-    BP_DEVICE void copy(Place& at, int end, int slot) {
+    BP_DEVICE void copy(Place& at, int end, uint8_t* stage) {
         if (at.step < end) {
-            uint8_t* stage = stages + slot * layout.stage;
             const int n = at.n + warp_n, k = at.k * Shape::warps_k;
             if (n < blocks_n && k + warp_k < blocks_k)
                 copy_weights(n, k + warp_k, stage + (warp_n * Shape::warps_k + warp_k) * layout.block);
             copy_tokens(at.token, k * block_side * Format::column_bytes, stage + layout.tokens);
-            advance(at);
+            ++at.step;
+            if (++at.k == args.work.steps)
+                next_tile(at);
         }
         ptx::cp_async_commit();
     }
 
     BP_DEVICE void copy_weights(int n, int k, uint8_t* shared) {
-        const uint8_t* from = args.codes + (static_cast<int64_t>(n) * blocks_k + k) * layout.superblock;
-        for (int at = 16 * (32 * share + lane); at < layout.superblock; at += 16 * 32 * Shape::sharing)
-            ptx::cp_async16(shared + at, from + at, true);
+        const int mine = 16 * (32 * share + lane);
+        const uint8_t* from = args.codes + static_cast<int64_t>(n * blocks_k + k) * layout.superblock + mine;
+        uint8_t* to = shared + mine;
+        BP_UNROLL
+        for (int at = 0; at < layout.superblock; at += 16 * 32 * Shape::sharing)
+            if (layout.superblock % (16 * 32 * Shape::sharing) == 0 || at + mine < layout.superblock)
+                ptx::cp_async16(to + at, from + at, true);
         if (share == 0 && (Format::first_bytes || args.second)) {
             const int64_t padded = static_cast<int64_t>(blocks_n) * block_side;
-            const int group = halves == 2 ? 2 * k : k * block_side / args.group;
-            uint8_t* to = shared + layout.superblock;
+            const int group = args.halves == 2 ? 2 * k : k >> args.group_shift;
+            to = shared + layout.superblock;
             if constexpr (Format::first_bytes > 0)
                 copy_group_values<Format::first_bytes>(args.first, padded, group, n, to);
             if (args.second)
@@ -183,43 +194,38 @@ class Gemm {
     template <int Bytes>
     BP_DEVICE void copy_group_values(const uint8_t* values, int64_t padded, int group, int n, uint8_t* shared) {
         constexpr int lanes = block_side * Bytes / 16;
-        if (lane / lanes < halves) {
+        if (lane / lanes < args.halves) {
             const int64_t row = (group + lane / lanes) * padded + n * block_side;
             ptx::cp_async16(shared + 16 * lane, values + row * Bytes + lane % lanes * 16, true);
         }
     }
 
+    // 16 bytes of a token's columns a thread, of several tokens.
     BP_DEVICE void copy_tokens(int first, int byte, uint8_t* shared) {
-        constexpr int pieces = block_side * Shape::warps_k * Format::column_bytes / 16;
-        for (int at = ptx::thread(); at < Shape::tokens * pieces; at += Shape::threads) {
-            const int token = at / pieces, column = byte + at % pieces * 16;
-            const bool inside = BP_MUTATE(gemm_edge, true, first + token < args.tokens && column < args.row_bytes);
-            ptx::cp_async16(shared + token * Layout::token_bytes + at % pieces * 16,
-                            static_cast<const uint8_t*>(args.x) + (first + token) * args.x_stride + column, inside);
+        constexpr int pieces = block_side * Shape::warps_k * Format::column_bytes / 16; // of a token
+        constexpr int together = Shape::threads / pieces;                               // tokens
+        const int token = first + ptx::thread() / pieces, column = byte + ptx::thread() % pieces * 16;
+        const uint8_t* from = static_cast<const uint8_t*>(args.x) + token * args.x_stride + column;
+        uint8_t* to = shared + ptx::thread() / pieces * Layout::token_bytes + ptx::thread() % pieces * 16;
+        BP_UNROLL
+        for (int more = 0; more < Shape::tokens; more += together) {
+            const bool inside = BP_MUTATE(gemm_edge, true, token + more < args.tokens && column < args.row_bytes);
+            if (together <= Shape::tokens || token - first < Shape::tokens)
+                ptx::cp_async16(to + more * Layout::token_bytes, from + more * args.x_stride, inside);
         }
     }
 
     // Until the oldest of the steps under way is there.
     BP_DEVICE void wait() const {
-        switch (BP_MUTATE(gemm_wait, args.stages + 1, args.stages)) {
-        case 2:
-            ptx::cp_async_wait<0>();
-            break;
-        case 3:
-            ptx::cp_async_wait<1>();
-            break;
-        case 4:
-            ptx::cp_async_wait<2>();
-            break;
-        case 5:
-            ptx::cp_async_wait<3>();
-            break;
-        case 6:
+        const int stages = BP_MUTATE(gemm_wait, args.stages + 2, args.stages);
+        if (stages > 4)
             ptx::cp_async_wait<4>();
-            break;
-        default:
-            ptx::cp_async_wait<5>();
-        }
+        else if (stages > 3)
+            ptx::cp_async_wait<2>();
+        else if (stages > 2)
+            ptx::cp_async_wait<1>();
+        else
+            ptx::cp_async_wait<0>();
     }
 
     BP_DEVICE void compute(const Place& at, const uint8_t* stage) {
@@ -242,7 +248,7 @@ class Gemm {
             Sum part[token_tiles][4] = {};
             BP_UNROLL
             for (int k = 0; k < Format::multiplies; ++k) {
-                if (k == Format::multiplies / 2 && halves == 2) {
+                if (k == Format::multiplies / 2 && args.halves == 2) {
                     add_scaled(group, part, into);
                     group = group_of(values, n, 1);
                 }
@@ -252,7 +258,7 @@ class Gemm {
         } else {
             BP_UNROLL
             for (int k = 0; k < Format::multiplies; ++k) {
-                if (k == Format::multiplies / 2 && halves == 2)
+                if (k == Format::multiplies / 2 && args.halves == 2)
                     group = group_of(values, n, 1);
                 multiply_columns(words, group, k, tokens, into);
             }
@@ -261,8 +267,8 @@ class Gemm {
 
     BP_DEVICE typename Format::Group group_of(const uint8_t* values, int n, int half) const {
         const int row = half * block_side + n * tile_side + lane / 4;
-        return Format::group(args.fragment, values + row * Format::first_bytes,
-                             args.second ? values + Layout::first_bytes + row : nullptr);
+        return Format::group(args.fragment, values + row * Format::first_bytes, args.second != nullptr,
+                             values + Layout::first_bytes + row);
     }
 
     // 16 or 32 columns: those of one matrix instruction.
@@ -415,7 +421,7 @@ class Gemm {
 };
 
 template <class Shape, class Format>
-BP_GLOBAL BP_LAUNCH_BOUNDS(Shape::threads, 1) void gemm_kernel(GemmArgs args) {
+BP_GLOBAL BP_LAUNCH_BOUNDS(Shape::threads, Shape::tokens <= 8 ? 2 : 1) void gemm_kernel(GemmArgs args) {
     BP_DYNAMIC_SHARED(shared);
     Gemm<Shape, Format>(args, shared).run();
 }

@@ -68,7 +68,11 @@ GemmArgs weight_args(const GemmWeight& weight) {
     args.bias = weight.bias;
     args.rows = weight.rows;
     args.columns = weight.columns;
-    args.group = weight.group ? weight.group : 1 << 30;
+    args.halves = weight.group == 32 ? 2 : 1;
+    args.group_shift = 30;
+    if (weight.group)
+        for (args.group_shift = 0; block_side << args.group_shift < weight.group;)
+            ++args.group_shift;
     args.fragment = {weight.table, weight.row_bits, weight.window, 1u << (bits - 1)};
     return args;
 }
@@ -93,7 +97,7 @@ int plan_gemm(const GemmWeight& weight, int tokens, bool batch_invariant, int sh
     const int stages = (room - layout.shared_bytes(0)) / layout.stage;
     if (stages < 2)
         return cannot_launch;
-    plan->stages = stages < 6 ? stages : 6;
+    plan->stages = stages >= 6 ? 6 : stages >= 4 ? 4 : stages;
     plan->shared_bytes = layout.shared_bytes(plan->stages);
     if (!shares)
         if (const int error = resident_blocks(gemm_kernel<Shape, Format>, Shape::threads, plan->shared_bytes, &shares))
@@ -122,8 +126,10 @@ int launch_gemm(const GemmWeight& weight, const GemmPlan& plan, const GemmTokens
     args.arrived = static_cast<unsigned*>(counters);
     args.work = stream_k<Shape>(weight, tokens.tokens, plan.shares, plan.whole);
     args.stages = plan.stages;
-    if (tokens.tokens < 1 || args.work.tiles > plan.counters || tokens.x_stride % 16 || tokens.x_bytes % 16 ||
-        reinterpret_cast<uintptr_t>(tokens.x) % 16)
+    const bool known_group =
+        !Format::first_bytes || !weight.group || weight.group == 32 || block_side << args.group_shift == weight.group;
+    if (!known_group || tokens.tokens < 1 || args.work.tiles > plan.counters || tokens.x_stride % 16 ||
+        tokens.x_bytes % 16 || reinterpret_cast<uintptr_t>(tokens.x) % 16)
         return cannot_launch;
     return launch(gemm_kernel<Shape, Format>, args.work.shares, Shape::threads, plan.shared_bytes, stream, args);
 }

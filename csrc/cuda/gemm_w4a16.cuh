@@ -40,10 +40,11 @@ struct W4A16 {
     BP_DEVICE static Words load(const Table& table, const uint8_t* superblock, int n16, int lane) {
         return Fragment::load(table, superblock, n16, lane);
     }
-    BP_DEVICE static Group group(const FragmentArgs& args, const uint8_t* scales, const uint8_t* zeros) {
+    BP_DEVICE static Group group(const FragmentArgs& args, const uint8_t* scales, bool has_zeros,
+                                 const uint8_t* zeros) {
         if constexpr (scaled) {
             const uint16_t* scale = reinterpret_cast<const uint16_t*>(scales);
-            return {Fragment::zero(zeros ? zeros[0] : args.default_zero, zeros ? zeros[8] : args.default_zero),
+            return {Fragment::zero(has_zeros ? zeros[0] : args.default_zero, has_zeros ? zeros[8] : args.default_zero),
                     ptx::f16_to_float(scale[0]), ptx::f16_to_float(scale[8])};
         } else {
             return {};

@@ -85,7 +85,7 @@ struct ChannelA8 : Int8Activations<A> {
     BP_DEVICE static Words load(const Table&, const uint8_t* superblock, int n16, int lane) {
         return Words::load(superblock, n16, lane);
     }
-    BP_DEVICE static Group group(const FragmentArgs&, const uint8_t*, const uint8_t*) { return {}; }
+    BP_DEVICE static Group group(const FragmentArgs&, const uint8_t*, bool, const uint8_t*) { return {}; }
     BP_DEVICE static void fragment(const Table&, const Group&, const Words& words, int k, uint32_t (&a)[4]) {
         ByteCodes<Bits>::codes(words, k, a);
     }
@@ -126,9 +126,11 @@ struct GroupedA8 : Int8Activations<A> {
     BP_DEVICE static Words load(const Table&, const uint8_t* superblock, int n16, int lane) {
         return Words::load(superblock, n16, lane);
     }
-    BP_DEVICE static Group group(const FragmentArgs& args, const uint8_t* scales, const uint8_t* zeros) {
+    BP_DEVICE static Group group(const FragmentArgs& args, const uint8_t* scales, bool has_zeros,
+                                 const uint8_t* zeros) {
         const uint16_t* scale = reinterpret_cast<const uint16_t*>(scales);
-        const uint32_t zero = zeros ? zeros[0] : args.default_zero, zero8 = zeros ? zeros[8] : args.default_zero;
+        const uint32_t zero = has_zeros ? zeros[0] : args.default_zero,
+                       zero8 = has_zeros ? zeros[8] : args.default_zero;
         return {splat8(128 - zero), splat8(128 - zero8), ptx::f16_to_float(scale[0]), ptx::f16_to_float(scale[8])};
     }
     BP_DEVICE static void fragment(const Table&, const Group& group, const Words& words, int k, uint32_t (&a)[4]) {
@@ -164,7 +166,7 @@ struct ProgressiveA8 : Int8Activations<A> {
     BP_DEVICE static Words load(const Table&, const uint8_t* superblock, int n16, int lane) {
         return Words::load(superblock, n16, lane);
     }
-    BP_DEVICE static Group group(const FragmentArgs&, const uint8_t* scales, const uint8_t* offsets) {
+    BP_DEVICE static Group group(const FragmentArgs&, const uint8_t* scales, bool, const uint8_t* offsets) {
         return {scales[0], scales[8], splat8(offsets[0]), splat8(offsets[8])};
     }
     BP_DEVICE static void fragment(const Table&, const Group& group, const Words& words, int k, uint32_t (&a)[4]) {

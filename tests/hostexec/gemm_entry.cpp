@@ -38,9 +38,8 @@ extern "C" int gemm_plan(const int64_t* sizes, int has_zero, int64_t* out) {
 }
 
 extern "C" int gemm_run(const int64_t* sizes, const void* codes, const void* scale, const void* zero_point,
-                        const void* group_scale, const void* offset, const void* table, const void* bias,
-                        const void* x, const float* token_scale, const int32_t* token_sum, void* y, void* parts,
-                        void* counters) {
+                        const void* group_scale, const void* offset, const void* table, const void* bias, const void* x,
+                        const float* token_scale, const int32_t* token_sum, void* y, void* parts, void* counters) {
     GemmWeight weight = weight_of(sizes);
     weight.codes = codes;
     weight.scale = scale;
@@ -55,7 +54,7 @@ extern "C" int gemm_run(const int64_t* sizes, const void* codes, const void* sca
     const GemmTokens tokens = {x, sizes[11], int(sizes[12]), token_scale, token_sum, int(sizes[6]), y, sizes[13]};
     return with_shape<GEMM_FORMAT>(made.shape, [&](auto tag) {
         return launch_gemm<typename decltype(tag)::Shape, typename decltype(tag)::Format>(weight, made, tokens, parts,
-                                                                                         counters, nullptr);
+                                                                                          counters, nullptr);
     });
 }
 
