@@ -33,6 +33,8 @@ class CpuIntKernel(NativeLinear):
             return f"runs on a CPU, not on {device.type}"
         if not isinstance(scheme, IntScheme):
             return f"runs codec int, not {scheme.codec}"
+        if scheme.progressive:
+            return "needs fp16 scales of groups, not progressive ones"
         if scheme.per_input_channel:
             return "needs scales along the rows, not one for each input channel"
         if scheme.group_size % TILE_COLUMNS:

@@ -3,6 +3,9 @@
     codes         int32 [NP / 64, KP / 64, words]   NP, KP: out and in rounded up to 64; `tile_codes` draws a superblock
     scale         float16 [groups, NP]              0 in rows beyond out and in groups beyond in; trellis: [1, NP]
     zero_point    uint8 [groups, NP]                asymmetric `int` only; else it is 2^(bits-1)
+    group_scale   uint8 [groups, NP]                progressive `int` only, whose scale is [1, NP]
+    group_offset  uint8 [groups, NP]                and 128 - zero_point * group_scale in place of the zero point:
+                                                    code * group_scale + group_offset - 128 is the int8 level
     table         float16 [16]                      `lut`: one for the tensor, zeros beyond its entries; e2m1's values
 
 Codes beyond the matrix are 0: a kernel fills activations beyond K with zeros and stores no row beyond N. Group k / g
@@ -15,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..quant.bitstream import pack_bits, row_bytes, unpack_bits
-from ..quant.codec import group_count
 from ..quant.float import FloatScheme
 from ..quant.int import IntScheme
 from ..quant.lut import LutScheme
@@ -23,11 +25,10 @@ from ..quant.scheme import Scheme, SchemeError
 from ..quant.tensor import QuantizedTensor
 from ..quant.trellis import TrellisScheme, tile_count
 from .tile_codes import SUPERBLOCK, TILE, WORDS, Layout, pack_codes, pack_trellis, padded, unpack_codes, unpack_trellis
+from .tile_parameters import TABLE_ENTRIES, group_major, pack_parameters, unpack_parameters
 
 CHUNK = 1 << 22
 """Weights packed at a time: temporaries of some 40 MiB."""
-
-LARGEST_TABLE = 16
 
 _INT_LAYOUTS: dict[int, Layout] = {2: "bits2", 3: "bits3", 4: "bits4", 8: "bits8"}
 _FLOAT_LAYOUTS: dict[str, Layout] = {"e2m1": "pairs4", "e4m3": "bits8"}
@@ -37,7 +38,7 @@ def code_layout(scheme: Scheme) -> Layout | None:
     """How `tile_codes` stores the codes of a scheme; None where it does not, and for the trellis."""
     if isinstance(scheme, IntScheme):
         return _INT_LAYOUTS.get(scheme.bits)
-    if isinstance(scheme, LutScheme) and scheme.entries <= LARGEST_TABLE:
+    if isinstance(scheme, LutScheme) and scheme.entries <= TABLE_ENTRIES:
         return "pairs4" if scheme.entries > 8 else "pairs3" if scheme.entries > 4 else "pairs2"
     if isinstance(scheme, FloatScheme):
         return _FLOAT_LAYOUTS.get(scheme.element)
@@ -77,49 +78,25 @@ def why_not_tiles(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
 
 
 def pack_tiles(qt: QuantizedTensor) -> dict[str, Tensor]:
-    """{name: tensor} of a weight [out, in] on the device of its fields. SchemeError with `why_not_tiles`' reason."""
+    """{name: tensor} of a weight [out, in] on the device of its fields.
+
+    Raises SchemeError with `why_not_tiles`' reason, and where progressive scales would overflow a byte.
+    """
     scheme, shape = qt.scheme, _matrix(qt.scheme, qt.shape)
     if isinstance(scheme, TrellisScheme):
-        return {"codes": _pack_trellis_codes(qt, shape), "scale": _group_major(qt.fields["scale"][:, None])}
-    layout, bits = _layout_and_bits(scheme)
-    tensors = {"codes": _pack_plain_codes(qt.fields["codes"], shape, bits, layout)}
-    group_size = scheme.group_size  # type: ignore[attr-defined]
-    columns = padded(shape[1])
-    if "scale" in qt.fields:
-        scale = qt.fields["scale"]
-    else:  # the table is in units of the weights
-        scale = qt.fields["table"].new_ones(shape[0], 1)
-    tensors["scale"] = _group_major(scale, group_count(columns, group_size))
-    if "zero_point" in qt.fields:
-        zero = unpack_bits(qt.fields["zero_point"], scale.shape[1], bits)
-        tensors["zero_point"] = _group_major(zero, group_count(columns, group_size))
-    if "table" in qt.fields:
-        table = qt.fields["table"]
-        tensors["table"] = torch.cat([table, table.new_zeros(LARGEST_TABLE - len(table))])
-    elif isinstance(scheme, FloatScheme) and layout == "pairs4":
-        tensors["table"] = scheme.format.values.to(scale.device, torch.float16)
-    return tensors
+        return {"codes": _pack_trellis_codes(qt, shape), "scale": group_major(qt.fields["scale"][:, None])}
+    return {"codes": _pack_plain_codes(qt.fields["codes"], shape, *_layout_and_bits(scheme)), **pack_parameters(qt)}
 
 
 def unpack_tiles(scheme: Scheme, shape: tuple[int, int], tensors: dict[str, Tensor]) -> QuantizedTensor:
     """The exact inverse of `pack_tiles`, bit for bit."""
-    out, columns = shape = _matrix(scheme, shape)
+    shape = _matrix(scheme, shape)
     if isinstance(scheme, TrellisScheme):
-        fields = {
-            "codes": _unpack_trellis_codes(tensors["codes"], shape, scheme.row_bits),
-            "scale": tensors["scale"][0, :out].clone(),
-        }
-        return QuantizedTensor(scheme, shape, fields)
-    layout, bits = _layout_and_bits(scheme)
-    fields = {"codes": _unpack_plain_codes(tensors["codes"], shape, bits, layout)}
-    groups = group_count(columns, scheme.group_size)  # type: ignore[attr-defined]
-    if not (isinstance(scheme, LutScheme) and not scheme.scaled):
-        fields["scale"] = _row_major(tensors["scale"], out, groups)
-    if "zero_point" in tensors:
-        fields["zero_point"] = pack_bits(_row_major(tensors["zero_point"], out, groups), bits)
-    if isinstance(scheme, LutScheme):
-        fields["table"] = tensors["table"][: scheme.entries].clone()
-    return QuantizedTensor(scheme, shape, fields)
+        codes = _unpack_trellis_codes(tensors["codes"], shape, scheme.row_bits)
+        return QuantizedTensor(scheme, shape, {"codes": codes, "scale": tensors["scale"][0, : shape[0]].clone()})
+    assert isinstance(scheme, IntScheme | LutScheme | FloatScheme)
+    codes = _unpack_plain_codes(tensors["codes"], shape, *_layout_and_bits(scheme))
+    return QuantizedTensor(scheme, shape, {"codes": codes, **unpack_parameters(scheme, shape, tensors)})
 
 
 def _matrix(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -137,7 +114,7 @@ def _layout_and_bits(scheme: Scheme) -> tuple[Layout, int]:
     return layout, scheme.bits  # type: ignore[attr-defined]
 
 
-def _pack_plain_codes(codes: Tensor, shape: tuple[int, int], bits: int, layout: Layout) -> Tensor:
+def _pack_plain_codes(codes: Tensor, shape: tuple[int, int], layout: Layout, bits: int) -> Tensor:
     out, n = shape
     stream = codes.view(out, row_bytes(n, bits))
     columns = padded(n)
@@ -157,7 +134,7 @@ def _pack_plain_codes(codes: Tensor, shape: tuple[int, int], bits: int, layout: 
     return packed
 
 
-def _unpack_plain_codes(packed: Tensor, shape: tuple[int, int], bits: int, layout: Layout) -> Tensor:
+def _unpack_plain_codes(packed: Tensor, shape: tuple[int, int], layout: Layout, bits: int) -> Tensor:
     out, n = shape
     stream = torch.empty(out, row_bytes(n, bits), dtype=torch.uint8, device=packed.device)
     step = max(1, CHUNK // (SUPERBLOCK * padded(n)))
@@ -181,15 +158,3 @@ def _pack_trellis_codes(qt: QuantizedTensor, shape: tuple[int, int]) -> Tensor:
 def _unpack_trellis_codes(packed: Tensor, shape: tuple[int, int], row_bits: int) -> Tensor:
     tile_rows, tiles = tile_count(shape)
     return unpack_trellis(packed, row_bits)[:tile_rows, :tiles].reshape(-1)
-
-
-def _group_major(values: Tensor, groups: int = 1) -> Tensor:
-    """[out, groups or fewer] -> [groups, NP], zeros beyond."""
-    whole = values.new_zeros(groups, padded(values.shape[0]))
-    whole[: values.shape[1], : values.shape[0]] = values.T
-    return whole
-
-
-def _row_major(values: Tensor, out: int, groups: int) -> Tensor:
-    """The inverse: [out, groups], contiguous."""
-    return values[:groups, :out].T.contiguous()

@@ -63,15 +63,20 @@ def least_error_scale(
             "keep this weight, or scale it down"
         )
     if importance is not None:
-        mean = importance.mean(-1, keepdim=True)
-        importance = importance / mean.clamp(min=torch.finfo(torch.float32).tiny)
-        importance = importance.clamp(min=IMPORTANCE_FLOOR, max=1e6)
+        importance = relative_importance(importance)
     rows = chunk_rows(w)
     out = [
         _search(_Best(chunk, level, importance, as_stored), [(s[i], z[i]) for s, z in starts], zero_top, ladder)
         for chunk, i in zip(w.split(rows), torch.arange(w.shape[0], device=w.device).split(rows), strict=True)
     ]
     return torch.cat([scale for scale, _ in out]), torch.cat([zero for _, zero in out])
+
+
+def relative_importance(importance: Tensor) -> Tensor:
+    """importance [..., n] over its mean, within bounds in which squared errors stay finite."""
+    mean = importance.mean(-1, keepdim=True)
+    relative = importance / mean.clamp(min=torch.finfo(torch.float32).tiny)
+    return relative.clamp(min=IMPORTANCE_FLOOR, max=1e6)
 
 
 def chunk_rows(w: Tensor) -> int:

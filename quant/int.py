@@ -3,10 +3,13 @@
 Scales are fp16, one for each output row (group_size 0), for each group of columns of a row, or for each input
 channel. Symmetric: the zero point is 2**(bits-1), not stored (1 bit: 1/2, the levels are -scale/2 and +scale/2); the
 scale may be negative, so that the longer side of the levels can serve either sign. Asymmetric: a zero point of `bits`
-bits for each scale, packed as `bitstream.py` packs codes.
+bits for each scale, packed as `bitstream.py` packs codes. Progressive (4 bits in groups): a group's scale is a whole
+number times its row's, value = scale * ((code - zero_point) * group_scale), whose parenthesis is an int8 of at most
+119 in size: what a product of int8 by int8 takes (`int_progressive.py`).
 
     codes       uint8 [out * row_bytes(in, bits)]     rows one after another
-    scale       float16 [out, groups]                 per input channel: [1, in]
+    scale       float16 [out, groups]                 per input channel: [1, in]; progressive: [out, 1]
+    group_scale uint8 [out, groups]                   progressive only
     zero_point  uint8 [out, row_bytes(groups, bits)]  asymmetric only; per input channel: [1, row_bytes(in, bits)]
 """
 
@@ -30,13 +33,15 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class IntScheme(Scheme):
-    """bits 1..8; group_size in columns, 0 for the whole row; symmetric; per_input_channel: one scale a column."""
+    """bits 1..8; group_size in columns, 0 for the whole row; symmetric; per_input_channel: one scale a column;
+    progressive: whole-numbered group scales under one a row, for 4 bits in groups."""
 
     codec: ClassVar[str] = "int"
     bits: int = 4
     group_size: int = 0
     symmetric: bool = True
     per_input_channel: bool = False
+    progressive: bool = False
 
     def validate(self) -> None:
         check_integer("bits", self.bits, 1, 8)
@@ -47,6 +52,9 @@ class IntScheme(Scheme):
             raise SchemeError(f"group_size is 0 (whole row) or at least 8 columns; got {self.group_size}")
         if self.per_input_channel and self.group_size:
             raise SchemeError(f"per_input_channel and group_size {self.group_size} exclude each other")
+        check_flag("progressive", self.progressive)
+        if self.progressive and not (self.bits == 4 and self.group_size):
+            raise SchemeError(f"progressive needs bits 4 and a group_size; got {self.bits} and {self.group_size}")
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         super().check_shape(shape)
@@ -86,9 +94,13 @@ class IntGrid:
             self.scale[:, : whole // gs], self.zero[:, : whole // gs] = fitted
             self.divisor = self._divisor(self.scale)
         if whole < self.shape[1]:  # a short last group
-            self.fit_group(w[:, whole:], whole // gs, None if importance is None else importance[whole:])
+            self._fit_alone(w[:, whole:], whole // gs, None if importance is None else importance[whole:])
 
     def fit_group(self, w: Tensor, group: int, importance: Tensor | None = None) -> None:
+        self._fit_alone(w, group, importance)
+
+    def _fit_alone(self, w: Tensor, group: int, importance: Tensor | None) -> None:
+        """As `fit`, for one group."""
         if self.scheme.per_input_channel:
             scale, zero = _fit(self.scheme, w.T[:, None, :], None)
         else:
@@ -134,6 +146,8 @@ def _fit(scheme: IntScheme, w: Tensor, importance: Tensor | None) -> tuple[Tenso
         zero = torch.where(scale == 0, scale, torch.round(-low / scale)).clamp_(0, top)
         return least_error_scale(w, level, [(scale, zero)], importance, zero_top=top)
     zero = torch.full_like(low, scheme.zero)
+    if scheme.progressive:  # a whole number has no sign to choose a side with
+        return least_error_scale(w, level, [(torch.maximum(high / (top - zero), -low / zero), zero)], importance)
     scale = torch.maximum(high, -low) / zero
     if scheme.bits > 1:
         # the level farthest from zero is on the negative side: the scale's sign gives it to either side of the weights
@@ -152,13 +166,19 @@ class IntCodec:
         rows, groups = (1, n) if scheme.per_input_channel else (out, group_count(n, scheme.group_size))
         fields: Fields = {
             "codes": ((out * row_bytes(n, scheme.bits),), torch.uint8),
-            "scale": ((rows, groups), torch.float16),
+            "scale": ((rows, 1 if scheme.progressive else groups), torch.float16),
         }
+        if scheme.progressive:
+            fields["group_scale"] = ((rows, groups), torch.uint8)
         if not scheme.symmetric:
             fields["zero_point"] = ((rows, row_bytes(groups, scheme.bits)), torch.uint8)
         return fields
 
     def grid(self, scheme: IntScheme, shape: tuple[int, int], device: torch.device) -> IntGrid:
+        if scheme.progressive:
+            from .int_progressive import ProgressiveGrid  # builds on IntGrid
+
+            return ProgressiveGrid(scheme, shape, device)
         return IntGrid(scheme, shape, device)
 
     def decode(self, qt: QuantizedTensor) -> Tensor:
@@ -167,6 +187,8 @@ class IntCodec:
         out, n = qt.shape
         codes = qt.fields["codes"].view(out, -1)
         scale = qt.fields["scale"].float()
+        if scheme.progressive:
+            scale = scale * qt.fields["group_scale"].float()
         if scheme.symmetric:
             zero = torch.full_like(scale, scheme.zero)
         else:

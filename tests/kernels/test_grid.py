@@ -41,6 +41,11 @@ EXAMPLES: dict[str, list[dict]] = {
         for bits in range(1, 9)
         for symmetric in (True, False)
         for rest in ({}, {"group_size": 32}, {"group_size": 64}, {"group_size": 128}, {"per_input_channel": True})
+    ]
+    + [
+        {"codec": "int", "group_size": size, "symmetric": symmetric, "progressive": True}
+        for size in (32, 64, 128)
+        for symmetric in (True, False)
     ],
     "lut": [
         {"codec": "lut"},
@@ -77,7 +82,7 @@ def variants(kernel: Kernel) -> Iterator[tuple[str, Kernel]]:
 
 def random_tensor(scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
     torch.manual_seed(zlib.crc32(f"{scheme} {shape}".encode()))
-    if not isinstance(scheme, IntScheme):
+    if not isinstance(scheme, IntScheme) or scheme.progressive:
         return quantize_tensor(torch.randn(shape), scheme)
     specs = field_specs(scheme, shape)
     rows, groups = specs["scale"][0]

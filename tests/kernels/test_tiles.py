@@ -11,6 +11,7 @@ from torch import Tensor
 from bitpalette.kernels.tiles import pack_tiles, unpack_tiles, why_not_tiles
 from bitpalette.quant.bitstream import pack_bits, unpack_bits
 from bitpalette.quant.codec import get_codec, group_count
+from bitpalette.quant.int_progressive import largest_group_scale
 from bitpalette.quant.scheme import Scheme, SchemeError
 from bitpalette.quant.tensor import QuantizedTensor, field_specs
 from bitpalette.quant.trellis import states
@@ -25,6 +26,7 @@ SCHEMES = [
         for s in (0, 1)
     ),
     *({"codec": "lut", "entries": e, "table": "kmeans", "group_size": g} for e in (4, 8, 16) for g in GROUPS),
+    *({"codec": "int", "group_size": g, "symmetric": s, "progressive": True} for g in GROUPS[1:] for s in (0, 1)),
     *({"codec": "float", "element": e, "group_size": g} for e in ("e2m1", "e4m3") for g in GROUPS),
     *({"codec": "lut", "entries": e, "table": "kmeans"} for e in (5, 6, 7, 9, 11, 15)),
     *({"codec": "lut", "entries": e, "table": "kmeans", "scaled": False} for e in (4, 7, 16)),
@@ -59,6 +61,9 @@ def random_tensor(scheme: Scheme, shape: tuple[int, int], seed: int = 0) -> Quan
             groups = group_count(n, scheme.group_size)  # type: ignore[attr-defined]
             zero = torch.randint(0, 1 << bits, (out, groups), dtype=torch.uint8, generator=generator)
             fields["zero_point"] = pack_bits(zero, bits)
+        if "group_scale" in fields:
+            zero = zero if "zero_point" in fields else torch.full((out, fields["group_scale"].shape[1]), 8)
+            fields["group_scale"] = (fields["group_scale"] % largest_group_scale(zero.int()) + 1).to(torch.uint8)
     return QuantizedTensor(scheme, shape, fields)
 
 
@@ -98,6 +103,7 @@ def place(row: int, column: int, shape: tuple[int, int]) -> tuple[int, int, int,
 
 
 NIBBLE_SLOTS = ["g c0", "g+8 c0", "g c2", "g+8 c2", "g c1", "g+8 c1", "g c3", "g+8 c3"]
+PAIR_SLOTS = ["g c0", "g c1", "g+8 c0", "g+8 c1", "g c2", "g c3", "g+8 c2", "g+8 c3"]
 
 
 def read_bits(data: list[int], bit: int, count: int) -> int:
@@ -106,13 +112,14 @@ def read_bits(data: list[int], bit: int, count: int) -> int:
 
 def read_code(data: list[int], layout: str, row: int, column: int, shape: tuple[int, int]) -> int:
     superblock, n16, k16, lane, lower, j = place(row, column, shape)
-    slot = NIBBLE_SLOTS.index(f"g{'+8' if lower else ''} c{j}")
+    slots = PAIR_SLOTS if layout.startswith("pairs") else NIBBLE_SLOTS
+    slot = slots.index(f"g{'+8' if lower else ''} c{j}")
     if layout == "bits4":
         return read_bits(data, 8 * superblock * 2048 + 32 * ((n16 * 32 + lane) * 4 + k16) + 4 * slot, 4)
-    if layout == "bits2":
+    if layout in ("bits2", "pairs2"):
         word = 8 * superblock * 1024 + 32 * ((n16 * 32 + lane) * 2 + k16 // 2)
         return read_bits(data, word + 4 * slot + 2 * (k16 % 2), 2)
-    if layout == "bits3":
+    if layout in ("bits3", "pairs3"):
         low = 8 * superblock * 1536 + 32 * ((n16 * 32 + lane) * 2 + k16 // 2)
         high = 8 * (superblock * 1536 + 1024) + 32 * (n16 * 32 + lane)
         return read_bits(data, low + 4 * slot + 2 * (k16 % 2), 2) | read_bits(data, high + 4 * slot + k16, 1) << 2
@@ -129,9 +136,9 @@ LAYOUTS = [
     ({"codec": "int", "bits": 3}, "bits3", 3),
     ({"codec": "int", "bits": 4}, "bits4", 4),
     ({"codec": "int", "bits": 8}, "bits8", 8),
-    ({"codec": "lut", "entries": 4}, "bits2", 2),
-    ({"codec": "lut", "entries": 5, "table": "kmeans"}, "bits3", 3),
-    ({"codec": "lut", "entries": 8}, "bits3", 3),
+    ({"codec": "lut", "entries": 4}, "pairs2", 2),
+    ({"codec": "lut", "entries": 5, "table": "kmeans"}, "pairs3", 3),
+    ({"codec": "lut", "entries": 8}, "pairs3", 3),
     ({"codec": "lut", "entries": 9, "table": "kmeans"}, "pairs4", 4),
     ({"codec": "lut"}, "pairs4", 4),
     ({"codec": "float"}, "pairs4", 4),
@@ -193,7 +200,7 @@ def test_where_a_trellis_window_stands(m: int) -> None:
         ({"codec": "int", "bits": 2}, 1024, 0x3, (32, "00030000")),
         ({"codec": "int", "bits": 8}, 4096, 0xA7, (128, "00a70000")),
         ({"codec": "lut"}, 2048, 0xB, (64, "00000b00")),
-        ({"codec": "lut", "entries": 8}, 1536, 0x3, (32, "00030000")),
+        ({"codec": "lut", "entries": 8}, 1536, 0x3, (32, "00000300")),
         ({"codec": "int", "bits": 3}, 1536, 0x4, (1024 + 16, "00010000")),
     ],
     ids=str,
@@ -235,6 +242,48 @@ def test_parameters_group_major(group_size: int, shape: tuple[int, int]) -> None
                 inside = row < out and group < values.shape[1]
                 expected = values[row, group] if inside else torch.zeros((), dtype=dtype)
                 assert equal_bits(packed[group, row].reshape(1), expected.reshape(1)), (group, row)
+
+
+def int8_of_word(word: int, group_scale: int, group_offset: int) -> list[int]:
+    """As a kernel makes four levels: one multiplication and addition of 32 bits for the word, then XOR."""
+    product = (word * group_scale + group_offset * 0x01010101) & 0xFFFFFFFF
+    levels = [(product ^ 0x80808080) >> 8 * i & 0xFF for i in range(4)]
+    return [level - 256 if level >= 128 else level for level in levels]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_progressive_levels_never_carry(symmetric: bool) -> None:
+    """The hardest words: codes 0 and 15 side by side, at every zero point the largest group scale, and the smallest."""
+    scheme = Scheme.from_dict({"codec": "int", "group_size": 32, "symmetric": symmetric, "progressive": True})
+    zero = torch.arange(32, dtype=torch.uint8)[:, None] // 2 if not symmetric else torch.full((32, 1), 8)
+    whole = torch.where(torch.arange(32)[:, None] % 2 == 0, largest_group_scale(zero.int()), 1).to(torch.uint8)
+    qt = random_tensor(scheme, (32, 32))
+    qt.fields["group_scale"] = whole
+    if not symmetric:
+        qt.fields["zero_point"] = zero.clone()
+    tensors = pack_tiles(qt)
+    assert set(tensors) == {"codes", "scale", "group_scale", "group_offset"}
+    assert tensors["scale"].shape == (1, 64) and tensors["group_scale"].shape == tensors["group_offset"].shape == (
+        2,
+        64,
+    )
+    assert equal_bits(tensors["scale"][0, :32], qt.fields["scale"][:, 0].contiguous())
+    for row in range(32):
+        s, offset = int(tensors["group_scale"][0, row]), int(tensors["group_offset"][0, row])
+        for codes in ((0, 15, 0, 15), (15, 0, 15, 0), (15, 15, 15, 15), (0, 0, 0, 0), (1, 14, 7, 8)):
+            word = sum(code << 8 * i for i, code in enumerate(codes))
+            assert int8_of_word(word, s, offset) == [(code - int(zero[row])) * s for code in codes], (row, codes)
+
+
+@pytest.mark.parametrize(("whole", "zero"), [(15, 8), (8, 0), (8, 15), (12, 5), (0, 8), (255, 8)])
+def test_progressive_scales_that_overflow_are_refused(whole: int, zero: int) -> None:
+    scheme = Scheme.from_dict({"codec": "int", "group_size": 64, "symmetric": False, "progressive": True})
+    qt = random_tensor(scheme, (5, 128))
+    pack_tiles(qt)
+    qt.fields["group_scale"][3, 1] = whole
+    qt.fields["zero_point"][3] = 8 | zero << 4
+    with pytest.raises(SchemeError, match=f"group_scale {whole} of row 3, group 1 does not fit the zero point {zero}"):
+        pack_tiles(qt)
 
 
 @pytest.mark.parametrize("entries", [4, 5, 8, 9, 16])

@@ -18,7 +18,11 @@ from bitpalette.quant.transform import transform_names
 
 SHAPES = [(1, 1), (3, 17), (17, 123), (8, 577), (5, 1537)]
 MORE: dict[str, list[dict[str, Any]]] = {  # beside a codec's defaults
-    "int": [{"bits": 3, "group_size": 16, "symmetric": False}, {"bits": 8, "per_input_channel": True}],
+    "int": [
+        {"bits": 3, "group_size": 16, "symmetric": False},
+        {"bits": 8, "per_input_channel": True},
+        {"group_size": 16, "symmetric": False, "progressive": True},
+    ],
     "float": [
         {"element": "e4m3"},
         {"group_size": 32, "scale_format": "e8m0", "element": "e3m2"},

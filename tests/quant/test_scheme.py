@@ -20,6 +20,7 @@ GOOD = [
     {"codec": "int"},
     {"codec": "int", "bits": 3, "group_size": 64, "symmetric": False, "transforms": ["rotate"]},
     {"codec": "int", "bits": 8, "per_input_channel": True, "transforms": ["scale", "rotate"]},
+    {"codec": "int", "group_size": 128, "symmetric": False, "progressive": True},
     {"codec": "float"},
     {"codec": "float", "element": "e3m2", "scale_format": "e8m0", "group_size": 32},
     {"codec": "float", "scale_format": "e4m3", "group_size": 16, "transforms": ["rotate"]},
