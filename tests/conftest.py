@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,6 +321,21 @@ def pack(model: Any, path: Path, scheme_of: SchemeOf = int4_everywhere) -> Packe
 
 def _pointers(model: Any) -> set[int]:
     return {p.data_ptr() for p in model.parameters()}
+
+
+@pytest.fixture(scope="session")
+def hostexec(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The host executor, which runs CUDA kernels without a GPU: tests/hostexec/driver.py, Executor."""
+    path = Path(__file__).parent / "hostexec" / "driver.py"
+    if (driver := sys.modules.get("hostexec_driver")) is None:
+        spec = importlib.util.spec_from_file_location("hostexec_driver", path)
+        assert spec is not None and spec.loader is not None
+        driver = sys.modules["hostexec_driver"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(driver)
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no g++")
+    built = os.environ.get("HOSTEXEC_CACHE")  # a folder that outlives the session
+    return driver.Executor(Path(built) if built else tmp_path_factory.getbasetemp() / "hostexec")
 
 
 @pytest.fixture
