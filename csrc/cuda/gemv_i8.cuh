@@ -1,0 +1,290 @@
+// y = x W^T for a trellis weight and one or two tokens of int8 activations (transform_input.cuh makes them).
+//
+// A level is the sum of the four bytes of a product, less 510, so that a weight needs no conversion at all:
+//
+//     a * level = dp4a(state * 0x83DCD12D, a in all four bytes) - 510 a
+//
+// and the second term is one number a token, 510 times the sum of its activations. Sums are integers and exact: in 32
+// bits over the columns of a warp, 16384 at most, then in 64. With two planes x = (code + low / 256) * scale.
+//
+// The superblocks of the matrix, those of a row of superblocks one after another, are dealt out to all blocks in equal
+// runs, wherever rows begin and end; the warps of a block take every eighth of its run, each through a ring of stages
+// of its own in shared memory, without a barrier. At the end of a row the warps' sums are added up. A row that several
+// blocks share goes through `workspace`: the last to arrive adds the others' sums. Which block is last does not matter,
+// integers have no order of summation, so results are the same from run to run and for any number of blocks.
+#pragma once
+
+#include "container.cuh"
+#include "elements.cuh"
+
+namespace bitpalette {
+
+constexpr int gemv_warps = 8;
+constexpr int gemv_threads = 32 * gemv_warps;
+constexpr int gemv_stages = 4; // three superblocks under way to each warp: 48 KiB an SM at 2 bits and 2 blocks
+constexpr int gemv_most_tokens = 2;
+constexpr int64_t gemv_most_columns = 16384 * gemv_warps; // 128 * 1020 * 16384 < 2^31
+
+struct GemvI8Args {
+    Container weight;     // of format trellis
+    const int8_t* x;      // [tokens, KP] codes, the columns of every four in the order 0, 2, 1, 3, zeros from k on
+    const int8_t* x_low;  // [tokens, KP] likewise, the second plane; or null
+    const float* x_scale; // [tokens]
+    const int32_t* x_sum; // [tokens], of codes; with two planes of 256 * code + low
+    const void* bias;     // [n] of dtype, or null
+    void* y;              // [tokens, y_stride] of dtype
+    int64_t y_stride;     // elements
+    int tokens;           // 1 or 2
+    Dtype dtype;
+    int blocks; // any number gives the same result; as many as the device holds at once is fastest
+    // Of gemv_i8_workspace bytes, aligned to 16. The counters in it are zero before the first call and after each;
+    // calls that may run at the same time have a workspace each.
+    void* workspace;
+};
+
+// Row r of superblocks has a counter of the blocks that have arrived, block b two slots of sums: for the row in which
+// its run begins, and for the one in which it ends, where that is another.
+BP_HOST_DEVICE constexpr int64_t gemv_counter_bytes(int64_t n) {
+    return (n + superblock - 1) / superblock * 4 / 16 * 16 + 16;
+}
+BP_HOST_DEVICE constexpr int64_t gemv_i8_workspace(int64_t n, int tokens, int blocks) {
+    return gemv_counter_bytes(n) + static_cast<int64_t>(blocks) * 2 * superblock * tokens * 8;
+}
+
+constexpr int gemv_stage_bytes(int tile_words, int vectors) {
+    return superblock * tile_words + superblock * vectors;
+}
+// Rings, then two times the sums of the warps, then what the last block is told.
+constexpr int gemv_shared_bytes(int tile_words, int vectors) {
+    return gemv_warps * gemv_stages * gemv_stage_bytes(tile_words, vectors) +
+           2 * gemv_warps * superblock * vectors * 4 + 16;
+}
+
+// TileWords: words of a tile, or 0 where they are known only at run time, which costs additions for addresses.
+template <int TileWords, int Tokens, bool Planes>
+class GemvI8 {
+  public:
+    static constexpr int vectors = Tokens * (Planes ? 2 : 1); // of int8: [token][plane]
+
+    BP_DEVICE GemvI8(const GemvI8Args& args, uint8_t* shared)
+        : args_(args), across_(static_cast<int>((args.weight.k + superblock - 1) / superblock)),
+          total_((args.weight.n + superblock - 1) / superblock * across_), lane_(static_cast<int>(ptx::lane())),
+          warp_(static_cast<int>(ptx::warp())) {
+        stage_bytes_ = superblock * tile_words() + superblock * vectors;
+        ring_ = shared + warp_ * gemv_stages * stage_bytes_;
+        sums_ = reinterpret_cast<int32_t*>(shared + gemv_warps * gemv_stages * stage_bytes_);
+        last_ = reinterpret_cast<unsigned*>(sums_ + 2 * gemv_warps * superblock * vectors);
+        const int m = args.weight.row_bits, start = lane_ % 4 * m / 4; // of the lane's columns, in a row
+        BP_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int bit = (half * 8 + lane_ / 4) * m + start;
+            low_[half] = bit / 32;
+            high_[half] = bit / 32 + 1 == tile_words() ? 0 : bit / 32 + 1;
+            shift_[half] = bit % 32;
+        }
+        BP_UNROLL
+        for (int j = 0; j < 3; ++j)
+            window_[j] = (lane_ % 4 * 4 + j + 1) * m / 16 - start;
+        mask_ = (1u << args.weight.window) - 1;
+        step_ = gemv_warps % across_;
+    }
+
+    BP_DEVICE void run() {
+        const int64_t begin = first_of(ptx::block()), end = first_of(ptx::block() + 1);
+        next_ = begin + warp_;
+        end_ = end;
+        next_column_ = static_cast<int>(next_ % across_);
+        BP_UNROLL
+        for (int stage = 0; stage < gemv_stages - 1; ++stage)
+            fetch(stage);
+        int stage = 0, parity = 0;
+        int64_t row = begin / across_;
+        for (int64_t first = begin, at = begin + warp_; first < end; ++row, parity ^= 1) {
+            const int64_t row_end = (row + 1) * across_;
+            const int64_t last = row_end < end ? row_end : end;
+            int32_t sum[vectors][8] = {};
+            for (; at < last; at += gemv_warps) {
+                ptx::cp_async_wait<gemv_stages - 2>();
+                ptx::sync_warp(); // what the other lanes copied is here, and what they read in the last round is free
+                fetch(stage == 0 ? gemv_stages - 1 : stage - 1);
+                add(ring_ + stage * stage_bytes_, sum);
+                stage = stage + 1 == gemv_stages ? 0 : stage + 1;
+            }
+            finish(row, first == begin, last - first == across_, sum, parity);
+            first = last;
+        }
+        ptx::cp_async_wait<0>();
+    }
+
+  private:
+    BP_DEVICE int tile_words() const { return TileWords != 0 ? TileWords : (args_.weight.row_bits + 1) / 2; }
+
+    // The run of block b begins here.
+    BP_DEVICE int64_t first_of(unsigned b) const { return total_ * b / static_cast<int64_t>(ptx::blocks()); }
+    // The block in whose run a superblock is: the last b with first_of(b) <= superblock.
+    BP_DEVICE int64_t owner(int64_t superblock_index) const {
+        return ((superblock_index + 1) * static_cast<int64_t>(ptx::blocks()) - 1) / total_;
+    }
+
+    // The warp's next superblock and its columns of x on the way; an empty group behind the last.
+    BP_DEVICE void fetch(int stage) {
+        if (next_ < end_) {
+            uint8_t* to = ring_ + stage * stage_bytes_;
+            const uint8_t* from =
+                reinterpret_cast<const uint8_t*>(args_.weight.codes) + next_ * superblock * tile_words();
+            for (int i = lane_; i < 4 * tile_words(); i += 32)
+                ptx::cp_async16_once(to + 16 * i, from + 16 * i, true);
+            if (lane_ < 4 * vectors) {
+                const int vector = lane_ / 4;
+                const int8_t* x = Planes && vector % 2 != 0 ? args_.x_low : args_.x;
+                const int64_t row = (Planes ? vector / 2 : vector) * static_cast<int64_t>(across_) * superblock;
+                ptx::cp_async16(to + superblock * tile_words() + 16 * lane_,
+                                x + row + next_column_ * superblock + lane_ % 4 * 16, true);
+            }
+            next_ += gemv_warps;
+            next_column_ += step_ - (next_column_ + step_ < across_ ? 0 : across_);
+        }
+        ptx::cp_async_commit();
+    }
+
+    // sum[v][2 n16 + half]: of the lane's columns of rows 16 n16 + 8 half + lane / 4.
+    BP_DEVICE void add(const uint8_t* stage, int32_t (&sum)[vectors][8]) const {
+        const uint32_t* codes = reinterpret_cast<const uint32_t*>(stage);
+        const uint32_t* x = codes + 16 * tile_words() + lane_ % 4;
+        BP_UNROLL
+        for (int k16 = 0; k16 < 4; ++k16) {
+            int32_t splat[vectors][4];
+            BP_UNROLL
+            for (int v = 0; v < vectors; ++v) {
+                const uint32_t four = ptx::lds(x + 16 * v + 4 * k16); // columns 0, 2, 1, 3
+                splat[v][0] = static_cast<int32_t>(ptx::prmt(four, 0, 0x0000));
+                splat[v][1] = static_cast<int32_t>(ptx::prmt(four, 0, 0x2222));
+                splat[v][2] = static_cast<int32_t>(ptx::prmt(four, 0, 0x1111));
+                splat[v][3] = static_cast<int32_t>(ptx::prmt(four, 0, 0x3333));
+            }
+            BP_UNROLL
+            for (int n16 = 0; n16 < 4; ++n16) {
+                const uint32_t* tile = codes + (4 * n16 + k16) * tile_words();
+                BP_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    // the windows of the lane's four columns: the last begins 15 bits behind the first at most
+                    const uint32_t bits =
+                        ptx::funnel_right(ptx::lds(tile + low_[half]), ptx::lds(tile + high_[half]), shift_[half]);
+                    BP_UNROLL
+                    for (int j = 0; j < 4; ++j) {
+                        const uint32_t state = (j == 0 ? bits : bits >> window_[j - 1]) & mask_;
+                        const uint32_t bytes = state * trellis_multiplier;
+                        BP_UNROLL
+                        for (int v = 0; v < vectors; ++v)
+                            sum[v][2 * n16 + half] = ptx::dp4a_us(bytes, splat[v][j], sum[v][2 * n16 + half]);
+                    }
+                }
+            }
+        }
+    }
+
+    // All warps: what they have of a row of superblocks, to y or to the workspace. begins: the run begins in this row;
+    // whole: the block has all of it.
+    // The sums of the next row go elsewhere (parity), so one barrier is enough between writing and reading them.
+    BP_DEVICE void finish(int64_t row, bool begins, bool whole, int32_t (&sum)[vectors][8], int parity) {
+        int32_t* sums = sums_ + parity * gemv_warps * superblock * vectors;
+        BP_UNROLL
+        for (int v = 0; v < vectors; ++v)
+            BP_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            uint32_t part = static_cast<uint32_t>(sum[v][i]);
+            part += ptx::shfl_xor(part, 1);
+            part += ptx::shfl_xor(part, 2);
+            if (lane_ % 4 == 0)
+                sums[(warp_ * vectors + v) * superblock + 8 * i + lane_ / 4] = static_cast<int32_t>(part);
+        }
+        ptx::sync_threads();
+        const int thread = static_cast<int>(ptx::thread()), token = thread / superblock, at = thread % superblock;
+        int64_t value = 0;
+        if (token < Tokens) {
+            int64_t plane[2] = {};
+            for (int warp = 0; warp < gemv_warps; ++warp)
+                BP_UNROLL
+            for (int p = 0; p < vectors / Tokens; ++p)
+                plane[p] += sums[(warp * vectors + token * (vectors / Tokens) + p) * superblock + at];
+            value = Planes ? 256 * plane[0] + plane[1] : plane[0];
+        }
+        if (!whole && !gathered(row, begins, token, at, value))
+            return;
+        const int64_t n = row * superblock + at;
+        if (token < Tokens && n < args_.weight.n)
+            write(token, n, value);
+    }
+
+    BP_DEVICE int64_t* slot(int64_t b, bool begins, int token) const {
+        int64_t* slots =
+            reinterpret_cast<int64_t*>(static_cast<char*>(args_.workspace) + gemv_counter_bytes(args_.weight.n));
+        return slots + ((2 * b + (begins ? 0 : 1)) * Tokens + token) * superblock;
+    }
+
+    // Leaves the block's sums for the others. True in the last block to come: value is then the sum of all.
+    BP_DEVICE bool gathered(int64_t row, bool begins, int token, int at, int64_t& value) {
+        const int64_t first = owner(row * across_), count = owner((row + 1) * across_ - 1) - first + 1;
+        if (token < Tokens)
+            slot(ptx::block(), begins, token)[at] = value;
+        ptx::fence();
+        ptx::sync_threads();
+        unsigned* counter = static_cast<unsigned*>(args_.workspace) + row;
+        if (ptx::thread() == 0)
+            *last_ = ptx::atomic_add(counter, 1) + 1 == static_cast<unsigned>(count);
+        ptx::sync_threads();
+        if (*last_ == 0)
+            return false;
+        ptx::fence();
+        if (ptx::thread() == 0)
+            *counter = 0;
+        value = 0;
+        if (token < Tokens)
+            for (int64_t b = first; b < first + count; ++b) // all but the first begin in this row
+                value += slot(b, b > first || first_of(static_cast<unsigned>(b)) == row * across_, token)[at];
+        return true;
+    }
+
+    BP_DEVICE void write(int token, int64_t n, int64_t value) const {
+        const float exact = static_cast<float>(value - trellis_centre * static_cast<int64_t>(args_.x_sum[token]));
+        const float x = ptx::mul(exact, args_.x_scale[token] * (Planes ? 1.0f / 256 : 1.0f));
+        const float scale = ptx::f16_to_float(args_.weight.scale[n]) * trellis_unit;
+        const int64_t to = token * args_.y_stride + n;
+        if (args_.dtype == Dtype::f32)
+            write_as<Dtype::f32>(to, n, x, scale);
+        else if (args_.dtype == Dtype::f16)
+            write_as<Dtype::f16>(to, n, x, scale);
+        else
+            write_as<Dtype::bf16>(to, n, x, scale);
+    }
+
+    template <Dtype D>
+    BP_DEVICE void write_as(int64_t to, int64_t n, float x, float scale) const {
+        const float bias = args_.bias == nullptr ? 0.0f : load_element<D>(args_.bias, n);
+        store_element<D>(args_.y, to, ptx::fma(x, scale, bias));
+    }
+
+    const GemvI8Args& args_;
+    int across_;    // superblocks in a row
+    int64_t total_; // and in all
+    int lane_, warp_, stage_bytes_;
+    uint8_t* ring_;
+    int32_t* sums_; // [2][warp][vector][row]
+    unsigned* last_;
+    int low_[2], high_[2]; // words of a tile with the lane's windows, of rows g and g + 8
+    int shift_[2], window_[3];
+    uint32_t mask_;
+    int64_t next_ = 0, end_ = 0; // superblocks of the warp that are still to be fetched
+    int next_column_ = 0, step_;
+};
+
+template <int TileWords, int Tokens, bool Planes>
+BP_GLOBAL void BP_LAUNCH_BOUNDS(gemv_threads, 2) gemv_i8_kernel(const GemvI8Args args) {
+    BP_DYNAMIC_SHARED(shared);
+    GemvI8<TileWords, Tokens, Planes>(args, shared).run();
+}
+
+// 0 or a cudaError_t. std::invalid_argument where the sizes do not fit together.
+int gemv_i8(const GemvI8Args& args, void* stream);
+
+} // namespace bitpalette
