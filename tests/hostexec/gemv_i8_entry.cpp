@@ -1,0 +1,32 @@
+#include "container_entry.h"
+#include "gemv_i8.cuh"
+
+extern "C" int run_gemv_i8(const uint32_t* codes, const uint16_t* scale, int64_t n, int64_t k, int row_bits, int window,
+                           const int8_t* x, const int8_t* x_low, const float* x_scale, const int32_t* x_sum,
+                           const void* bias, void* y, int64_t y_stride, int tokens, int dtype, int blocks,
+                           void* workspace) {
+    bitpalette::GemvI8Args args{};
+    args.weight.format = bitpalette::Format::trellis;
+    args.weight.codes = codes;
+    args.weight.scale = scale;
+    args.weight.n = n;
+    args.weight.k = k;
+    args.weight.row_bits = row_bits;
+    args.weight.window = window;
+    args.x = x;
+    args.x_low = x_low;
+    args.x_scale = x_scale;
+    args.x_sum = x_sum;
+    args.bias = bias;
+    args.y = y;
+    args.y_stride = y_stride;
+    args.tokens = tokens;
+    args.dtype = static_cast<bitpalette::Dtype>(dtype);
+    args.blocks = blocks;
+    args.workspace = workspace;
+    return bitpalette::call_launcher(bitpalette::gemv_i8, args);
+}
+
+extern "C" int64_t workspace_bytes(int64_t n, int tokens, int blocks) {
+    return bitpalette::gemv_i8_workspace(n, tokens, blocks);
+}
