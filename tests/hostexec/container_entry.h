@@ -23,9 +23,10 @@ int call_launcher(int (*launcher)(const Args&, void*), const Args& args) {
 
 } // namespace bitpalette
 
-// One entry file to a library, so this is defined once.
-extern "C" const char* refused() {
-    return bitpalette::refusal;
+// What was refused last, NUL-terminated. One entry file to a library, so this is defined once.
+extern "C" int refused(char* to, size_t room) {
+    std::snprintf(to, room, "%s", bitpalette::refusal);
+    return 0;
 }
 
 // The weight as the first arguments of a function: tensors of kernels/tiles.py, then numbers.

@@ -27,6 +27,7 @@ extern "C" int run_gemv_i8(const uint32_t* codes, const uint16_t* scale, int64_t
     return bitpalette::call_launcher(bitpalette::gemv_i8, args);
 }
 
-extern "C" int64_t workspace_bytes(int64_t n, int tokens, int blocks) {
-    return bitpalette::gemv_i8_workspace(n, tokens, blocks);
+extern "C" int workspace_bytes(int64_t n, int tokens, int blocks, int64_t* bytes) {
+    *bytes = bitpalette::gemv_i8_workspace(n, tokens, blocks);
+    return 0;
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from bitpalette.kernels.tiles import pack_tiles
 from bitpalette.quant.bitstream import pack_bits
 from bitpalette.quant.codec import get_codec
+from bitpalette.quant.float import FloatScheme
 from bitpalette.quant.int import IntScheme
 from bitpalette.quant.lut import LutScheme
 from bitpalette.quant.scheme import Scheme
@@ -21,6 +22,9 @@ from bitpalette.quant.tensor import QuantizedTensor
 from bitpalette.quant.trellis import TrellisScheme
 
 pytestmark = pytest.mark.hostexec
+
+HERE = Path(__file__).resolve().parent
+CUDA = HERE.parents[1] / "csrc" / "cuda"
 
 FORMATS = ["int2", "int3", "int4", "int8", "progressive", "lut2", "lut3", "lut4", "e4m3", "trellis"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -37,6 +41,9 @@ SCHEMES: list[Scheme] = [
     LutScheme(entries=11, group_size=64),
     LutScheme(entries=16, group_size=128),
     LutScheme(entries=16, table="kmeans", scaled=False),
+    FloatScheme(element="e2m1", group_size=32),
+    FloatScheme(element="e4m3", group_size=64),
+    FloatScheme(element="e4m3"),
     *(TrellisScheme(rate=r) for r in (1, 2, 2.0625, 2.5, 3, 3.9375, 5)),
     TrellisScheme(rate=2.25, window=14),
     TrellisScheme(rate=4.0625, window=12),
@@ -57,6 +64,8 @@ def random_weight(scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
     if isinstance(scheme, LutScheme):
         codes = torch.randint(0, scheme.entries, shape, generator=g, dtype=torch.uint8)
         fields["codes"] = pack_bits(codes, scheme.bits).flatten()
+    if isinstance(scheme, FloatScheme) and scheme.element == "e4m3":
+        fields["codes"][fields["codes"] & 127 == 127] = 0  # NaN
     return QuantizedTensor(scheme, shape, fields)
 
 
@@ -65,6 +74,8 @@ def format_of(scheme: Scheme) -> str:
         return f"int{scheme.bits}"
     if isinstance(scheme, LutScheme):
         return "lut2" if scheme.entries <= 4 else "lut3" if scheme.entries <= 8 else "lut4"
+    if isinstance(scheme, FloatScheme):
+        return "lut4" if scheme.element == "e2m1" else "e4m3"
     return "trellis"
 
 
@@ -86,7 +97,7 @@ class Container:
 
 @pytest.fixture(scope="module")
 def library(hostexec: Any) -> Any:
-    sources = [hostexec.cuda / "dequantize.cu", hostexec.cuda / "embedding.cu", hostexec.here / "dequantize_entry.cpp"]
+    sources = [CUDA / "dequantize.cu", CUDA / "embedding.cu", HERE / "dequantize_entry.cpp"]
     return hostexec.build(sources)
 
 
@@ -134,12 +145,21 @@ def test_embedding_of_many_columns_and_of_no_rows(hostexec: Any, library: Any) -
     library.call("run_embedding", *weight.arguments(), None, None, 0, 1537, 0)
 
 
+def test_nan_of_e4m3(hostexec: Any, library: Any) -> None:
+    qt = random_weight(FloatScheme(element="e4m3"), (2, 3))
+    qt.fields["codes"][1], qt.fields["codes"][5] = 127, 255
+    out = hostexec.guarded(torch.zeros(2, 3))
+    library.call("run_dequantize", *container(hostexec, qt).arguments(), out, 3, 0)
+    assert out.tensor.isnan().tolist() == [[False, True, False], [False, False, True]]
+
+
 def test_a_wrong_call_is_refused_with_its_numbers(hostexec: Any, library: Any) -> None:
     def refusal(function: str, *args: Any) -> str:
-        with pytest.raises(Exception, match="returned -1"):
+        with pytest.raises(RuntimeError, match="returned -1"):
             library.call(function, *args)
-        text: bytes = library.text("refused")
-        return text.decode()
+        text = hostexec.guarded(np.zeros(512, np.uint8))
+        library.call("refused", text, 512)
+        return bytes(text.array).rstrip(b"\0").decode()
 
     weight = container(hostexec, random_weight(IntScheme(bits=4), (5, 70))).arguments()
     assert "rows of 70 columns, 69 elements apart" in refusal("run_dequantize", *weight, None, 69, 0)

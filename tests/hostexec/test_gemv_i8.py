@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from bitpalette.quant.tensor import QuantizedTensor
 from bitpalette.quant.trellis import TrellisScheme, levels
 
 pytestmark = pytest.mark.hostexec
+
+HERE = Path(__file__).resolve().parent
+CUDA = HERE.parents[1] / "csrc" / "cuda"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -45,9 +49,7 @@ def in_order(x: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def library(hostexec: Any) -> Any:
-    library = hostexec.build([hostexec.cuda / "gemv_i8.cu", hostexec.here / "gemv_i8_entry.cpp"])
-    library.returns_int64("workspace_bytes")
-    return library
+    return hostexec.build([CUDA / "gemv_i8.cu", HERE / "gemv_i8_entry.cpp"])
 
 
 class Call:
@@ -93,8 +95,11 @@ class Call:
     def run(self, blocks: int, options: Any = None, calls: int = 1) -> Tensor:
         stride = self.n + 5
         out = self.hostexec.guarded(torch.full((self.tokens, stride), torch.nan, dtype=self.dtype))
-        size = self.library.workspace_bytes(self.n, self.tokens, blocks)
-        space = torch.full((size,), 0xFF, dtype=torch.uint8)  # of the sums NaN and nonsense, of the counters zero
+        size = self.hostexec.guarded(np.zeros(1, np.int64))
+        self.library.call("workspace_bytes", self.n, self.tokens, blocks, size)
+        space = torch.full(
+            (int(size.array[0]),), 0xFF, dtype=torch.uint8
+        )  # of the sums NaN and nonsense, of the counters zero
         counters = padded(self.n) // 64 * 4
         space[:counters] = 0
         workspace = self.hostexec.guarded(space)
@@ -177,10 +182,11 @@ def test_a_wrong_call_is_refused_with_its_numbers(hostexec: Any, library: Any) -
 
     def refusal(*last: Any, k: int = 64) -> str:
         inputs = [*call.inputs[:3], k, *call.inputs[4:]]
-        with pytest.raises(Exception, match="returned -1"):
+        with pytest.raises(RuntimeError, match="returned -1"):
             library.call("run_gemv_i8", *inputs, *last)
-        text: bytes = library.text("refused")
-        return text.decode()
+        text = hostexec.guarded(np.zeros(512, np.uint8))
+        library.call("refused", text, 512)
+        return bytes(text.array).rstrip(b"\0").decode()
 
     assert "3 tokens of 64 columns" in refusal(None, 70, 3, 0, 4, None)
     assert "tokens of 131073 columns" in refusal(None, 70, 1, 0, 4, None, k=131073)

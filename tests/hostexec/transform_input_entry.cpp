@@ -26,7 +26,3 @@ extern "C" int run_transform_input(const void* x, int64_t x_stride, int64_t toke
     args.shared_limit = static_cast<size_t>(shared_limit);
     return bitpalette::call_launcher(bitpalette::transform_input, args);
 }
-
-extern "C" int64_t input_room(int n) {
-    return bitpalette::transform_input_room(n);
-}
