@@ -14,11 +14,11 @@
 #pragma once
 
 #include "act16.cuh"
+#include "container.cuh"
 
 namespace bitpalette {
 
-constexpr int block_side = 64; // of a superblock
-constexpr int tile_side = 16;
+constexpr int block_side = superblock;
 constexpr int tiles_along = block_side / tile_side;
 
 // What the formats read of a weight beside its codes.

@@ -5,9 +5,6 @@
 
 namespace bitpalette {
 
-constexpr uint32_t trellis_multiplier = 0x83DCD12Du;
-constexpr uint32_t trellis_centre = 510;
-
 // Where a lane finds its windows in a tile: 32 bits from the first of its four columns on hold all four.
 struct TrellisLane {
     int word_g, next_g, word_g8,
@@ -46,7 +43,7 @@ struct TrellisFragment {
         const uint32_t* tile;
     };
     static constexpr bool grouped = false;
-    static constexpr float factor = 1.0f / 128;
+    static constexpr float factor = trellis_unit;
     static constexpr int table_bytes = 0;
 
     BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs& args) { return (args.row_bits + 1) / 2 * 4 * 16; }
@@ -73,12 +70,12 @@ struct TrellisFragment {
     BP_DEVICE static uint32_t pair(uint32_t first, uint32_t second, Half) {
         const uint32_t low = ptx::dp4a_uu(first * trellis_multiplier, 0x01010101u, 0x6400u);
         const uint32_t high = ptx::dp4a_uu(second * trellis_multiplier, 0x01010101u, 0x6400u);
-        return Half::sub(ptx::prmt(low, high, 0x5410u), splat16(0x6400u + trellis_centre));
+        return Half::sub(ptx::prmt(low, high, 0x5410u), splat16(0x6400u + uint32_t(trellis_centre)));
     }
     // bf16 rounds levels beyond 256, by 2^-9 of themselves at most.
     BP_DEVICE static uint32_t pair(uint32_t first, uint32_t second, BFloat) {
         constexpr uint32_t two_to_23 = 0x4b000000u;
-        const float zero = ptx::uint_as_float(two_to_23 + trellis_centre);
+        const float zero = ptx::uint_as_float(two_to_23 + uint32_t(trellis_centre));
         const uint32_t low = ptx::dp4a_uu(first * trellis_multiplier, 0x01010101u, two_to_23);
         const uint32_t high = ptx::dp4a_uu(second * trellis_multiplier, 0x01010101u, two_to_23);
         return BFloat::pack(ptx::uint_as_float(low) - zero, ptx::uint_as_float(high) - zero);

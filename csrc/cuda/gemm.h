@@ -1,27 +1,15 @@
 // The launchers of the GEMMs: which kernel, how many blocks, how much memory; then the launch.
 #pragma once
 
-#include <cstdint>
+#include "container.cuh"
 
 namespace bitpalette {
 
-enum class CodeFormat { int2, int3, int4, int8, lut2, lut3, lut4, e4m3, trellis, progressive4 };
-enum class Activations { f16, bf16 };
-
-// A weight in the container (docs/gpu.md), on the device, and what the GEMM adds.
+// A weight and what the GEMM adds. Its groups are of 32, 64, 128 or another power of two, or of all columns.
 struct GemmWeight {
-    CodeFormat format;
-    Activations type; // of x with 16 bits and of y
-    int rows, columns;
-    const void* codes;
-    const void* scale;       // fp16 [groups][padded rows]
-    const void* zero_point;  // uint8 [groups][padded rows], or null: symmetric
-    const void* group_scale; // uint8 [groups][padded rows], progressive
-    const void* offset;      // uint8 [groups][padded rows], progressive
-    const void* table;       // fp16 [16], of lut
-    const void* bias;        // [rows] in the type of y, or null
-    int group;               // columns that share a scale: 32, 64, 128 or another power of two, or 0 for the whole row
-    int row_bits, window;    // of the trellis
+    Container weight;
+    Dtype type;       // fp16 or bf16: of x with 16 bits and of y
+    const void* bias; // [n] in the type of y, or null
 };
 
 // What a call with up to so many tokens needs. Made once: it asks the device, which takes microseconds.

@@ -278,7 +278,7 @@ class Gemm {
         Format::fragment(table, group, words, k, a);
         BP_UNROLL
         for (int m = 0; m < token_tiles; ++m) {
-            Format::load_tokens(tokens + m * 8 * Layout::token_bytes, k, b);
+            Format::load_tokens(tokens + m * 8 * Layout::token_bytes, BP_MUTATE(gemm_columns, k ^ 1, k), b);
             Format::mma(into[m], a, b);
         }
     }
@@ -337,18 +337,18 @@ class Gemm {
             BP_MUTATE(gemm_part_fence, (void)0, ptx::fence());
         }
         ptx::sync_threads();
-        // a stage of its own: `sums` may be empty, and every copy of the last step has been read
-        if (ptx::thread() == 0)
+        if (ptx::thread() == 0) {
             *arrival() = ptx::atomic_add(args.arrived + tile, 1);
+            ptx::fence(); // what those who came before have stored is seen from here on, by all behind the barrier
+        }
         ptx::sync_threads();
         const bool all = *arrival() == static_cast<unsigned>(last - first);
         ptx::sync_threads(); // before the next tile's
         if (!all)
             return false;
         if (ptx::thread() == 0)
-            args.arrived[tile] = 0;
+            BP_MUTATE(gemm_counter_left, (void)0, args.arrived[tile] = 0);
         if (warp_k == 0) {
-            ptx::fence();
             clear();
             for (int from = first; from <= last; ++from) {
                 const uint32_t* part = part_of(tile, from);

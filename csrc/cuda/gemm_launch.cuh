@@ -52,35 +52,39 @@ inline int round_up_div(int value, int unit) {
 // What depends on the weight alone.
 template <class Format>
 GemmArgs weight_args(const GemmWeight& weight) {
-    const bool progressive = weight.format == CodeFormat::progressive4;
-    const int bits = weight.format == CodeFormat::int2   ? 2
-                     : weight.format == CodeFormat::int3 ? 3
-                     : weight.format == CodeFormat::int8 ? 8
-                                                         : 4;
+    const Container& w = weight.weight;
+    const bool progressive = w.format == bitpalette::Format::progressive;
+    const int bits = superblock_words(w.format, w.row_bits) / 128;
     GemmArgs args = {};
-    args.codes = static_cast<const uint8_t*>(weight.codes);
-    args.scale = static_cast<const uint16_t*>(weight.scale);
-    args.row_zero = static_cast<const uint8_t*>(weight.zero_point);
+    args.codes = reinterpret_cast<const uint8_t*>(w.codes);
+    args.scale = w.scale;
+    args.row_zero = w.zero_point;
     if (Format::first_bytes) {
-        args.first = static_cast<const uint8_t*>(progressive ? weight.group_scale : weight.scale);
-        args.second = static_cast<const uint8_t*>(progressive ? weight.offset : weight.zero_point);
+        args.first = progressive ? w.group_scale : reinterpret_cast<const uint8_t*>(w.scale);
+        args.second = progressive ? w.group_offset : w.zero_point;
     }
     args.bias = weight.bias;
-    args.rows = weight.rows;
-    args.columns = weight.columns;
-    args.halves = weight.group == 32 ? 2 : 1;
+    args.rows = static_cast<int>(w.n);
+    args.columns = static_cast<int>(w.k);
+    args.halves = w.group_size == 32 ? 2 : 1;
     args.group_shift = 30;
-    if (weight.group)
-        for (args.group_shift = 0; block_side << args.group_shift < weight.group;)
+    if (w.group_size)
+        for (args.group_shift = 0; block_side << args.group_shift < w.group_size;)
             ++args.group_shift;
-    args.fragment = {weight.table, weight.row_bits, weight.window, 1u << (bits - 1)};
+    args.fragment = {w.table, w.row_bits, w.window, 1u << (bits - 1)};
     return args;
+}
+
+// Whether a group's number is that of a superblock shifted.
+inline bool groups_are_known(const Container& w) {
+    return w.group_size == 0 || w.group_size == 32 || (w.group_size >= 64 && (w.group_size & (w.group_size - 1)) == 0);
 }
 
 template <class Shape>
 StreamK stream_k(const GemmWeight& weight, int tokens, int shares, bool whole) {
-    const int tiles = round_up_div(weight.rows, block_side * Shape::blocks_n) * round_up_div(tokens, Shape::tokens);
-    const int steps = round_up_div(weight.columns, block_side * Shape::warps_k);
+    const int tiles =
+        round_up_div(int(weight.weight.n), block_side * Shape::blocks_n) * round_up_div(tokens, Shape::tokens);
+    const int steps = round_up_div(int(weight.weight.k), block_side * Shape::warps_k);
     const int most = whole ? tiles : tiles * steps;
     return {tiles, steps, shares < most ? shares : most, whole};
 }
@@ -126,10 +130,8 @@ int launch_gemm(const GemmWeight& weight, const GemmPlan& plan, const GemmTokens
     args.arrived = static_cast<unsigned*>(counters);
     args.work = stream_k<Shape>(weight, tokens.tokens, plan.shares, plan.whole);
     args.stages = plan.stages;
-    const bool known_group =
-        !Format::first_bytes || !weight.group || weight.group == 32 || block_side << args.group_shift == weight.group;
-    if (!known_group || tokens.tokens < 1 || args.work.tiles > plan.counters || tokens.x_stride % 16 ||
-        tokens.x_bytes % 16 || reinterpret_cast<uintptr_t>(tokens.x) % 16)
+    if (!groups_are_known(weight.weight) || tokens.tokens < 1 || args.work.tiles > plan.counters ||
+        tokens.x_stride % 16 || tokens.x_bytes % 16 || reinterpret_cast<uintptr_t>(tokens.x) % 16)
         return cannot_launch;
     return launch(gemm_kernel<Shape, Format>, args.work.shares, Shape::threads, plan.shared_bytes, stream, args);
 }

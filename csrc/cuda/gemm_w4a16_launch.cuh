@@ -7,25 +7,25 @@
 namespace bitpalette {
 
 template <class Act, class Do>
-int with_format16(CodeFormat format, int shape, Do&& act) {
+int with_format16(Format format, int shape, Do&& act) {
     switch (format) {
-    case CodeFormat::int2:
+    case Format::int2:
         return with_shape<W4A16<IntFragment<Act, 2>>>(shape, act);
-    case CodeFormat::int3:
+    case Format::int3:
         return with_shape<W4A16<IntFragment<Act, 3>>>(shape, act);
-    case CodeFormat::int4:
+    case Format::int4:
         return with_shape<W4A16<IntFragment<Act, 4>>>(shape, act);
-    case CodeFormat::int8:
+    case Format::int8:
         return with_shape<W4A16<IntFragment<Act, 8>>>(shape, act);
-    case CodeFormat::lut2:
+    case Format::lut2:
         return with_shape<W4A16<LutFragment<Act, 2>>>(shape, act);
-    case CodeFormat::lut3:
+    case Format::lut3:
         return with_shape<W4A16<LutFragment<Act, 3>>>(shape, act);
-    case CodeFormat::lut4:
+    case Format::lut4:
         return with_shape<W4A16<PairFragment<Act>>>(shape, act);
-    case CodeFormat::e4m3:
+    case Format::e4m3:
         return with_shape<W4A16<E4M3Fragment<Act>>>(shape, act);
-    case CodeFormat::trellis:
+    case Format::trellis:
         return with_shape<W4A16<TrellisFragment<Act>>>(shape, act);
     default:
         return cannot_launch;
@@ -35,7 +35,7 @@ int with_format16(CodeFormat format, int shape, Do&& act) {
 template <class Act>
 int plan16(const GemmWeight& weight, int tokens, bool batch_invariant, int shares, int shared_limit, GemmPlan* plan) {
     plan->shape = shape_for(tokens, batch_invariant);
-    return with_format16<Act>(weight.format, plan->shape, [&](auto tag) {
+    return with_format16<Act>(weight.weight.format, plan->shape, [&](auto tag) {
         return plan_gemm<typename decltype(tag)::Shape, typename decltype(tag)::Format>(weight, tokens, batch_invariant,
                                                                                         shares, shared_limit, plan);
     });
@@ -44,7 +44,7 @@ int plan16(const GemmWeight& weight, int tokens, bool batch_invariant, int share
 template <class Act>
 int launch16(const GemmWeight& weight, const GemmPlan& plan, const GemmTokens& tokens, void* parts, void* counters,
              void* stream) {
-    return with_format16<Act>(weight.format, plan.shape, [&](auto tag) {
+    return with_format16<Act>(weight.weight.format, plan.shape, [&](auto tag) {
         return launch_gemm<typename decltype(tag)::Shape, typename decltype(tag)::Format>(weight, plan, tokens, parts,
                                                                                           counters, stream);
     });

@@ -7,13 +7,13 @@ namespace {
 
 template <class Act, class Do>
 int with_format8(const GemmWeight& weight, int shape, Do&& act) {
-    const bool grouped = weight.group != 0 && weight.group < weight.columns;
-    switch (weight.format) {
-    case CodeFormat::int4:
+    const bool grouped = weight.weight.group_size != 0 && weight.weight.group_size < weight.weight.k;
+    switch (weight.weight.format) {
+    case Format::int4:
         return grouped ? with_shape<GroupedA8<Act>>(shape, act) : with_shape<ChannelA8<Act, 4>>(shape, act);
-    case CodeFormat::int8:
+    case Format::int8:
         return grouped ? cannot_launch : with_shape<ChannelA8<Act, 8>>(shape, act);
-    case CodeFormat::progressive4:
+    case Format::progressive:
         return with_shape<ProgressiveA8<Act>>(shape, act);
     default:
         return cannot_launch;
@@ -22,8 +22,8 @@ int with_format8(const GemmWeight& weight, int shape, Do&& act) {
 
 template <class Do>
 int with_kernel8(const GemmWeight& weight, int shape, Do&& act) {
-    return weight.type == Activations::bf16 ? with_format8<BFloat>(weight, shape, act)
-                                            : with_format8<Half>(weight, shape, act);
+    return weight.type == Dtype::bf16 ? with_format8<BFloat>(weight, shape, act)
+                                      : with_format8<Half>(weight, shape, act);
 }
 
 } // namespace
