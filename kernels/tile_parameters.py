@@ -1,4 +1,4 @@
-"""Scales, zero points and tables beside the tiles, group-major, rows padded to whole superblocks; `tiles.py` lists them.
+"""Scales, zero points and tables beside the tiles, group-major, rows padded to superblocks; `tiles.py` lists them.
 
 Group-major, a warp's rows of one group are consecutive: one wide load serves a tile whatever the number of groups.
 """

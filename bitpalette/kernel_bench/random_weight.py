@@ -27,6 +27,8 @@ def random_weight(scheme: Scheme, shape: tuple[int, int], generator: torch.Gener
             fields[name] = _codes_below(scheme, shape, generator)
         elif isinstance(scheme, FloatScheme) and dtype == torch.uint8:
             fields[name] = _finite_bytes(scheme, name, size, generator)
+        elif name == "group_scale":  # up to 7 goes with any zero point
+            fields[name] = torch.randint(1, 8, size, dtype=dtype, generator=generator)
         elif dtype.is_floating_point:
             fields[name] = (SCALE * (0.5 + torch.rand(size, generator=generator))).to(dtype)
         else:
@@ -50,7 +52,7 @@ def _table(scheme: LutScheme, size: tuple[int, ...], generator: torch.Generator)
 def _finite_bytes(scheme: FloatScheme, name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Codes of numbers: e4m3 has NaN at 0x7F and 0xFF. Scales are positive, of the size that weights need."""
     if name == "scale":
-        low, high = (118, 124) if scheme.scale_format == "e8m0" else (0x38, 0x7F)
+        low, high = (118, 122) if scheme.scale_format == "e8m0" else (0x30, 0x40)
         return torch.randint(low, high, size, dtype=torch.uint8, generator=generator)
     codes = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     return codes ^ (codes & 0x7F == 0x7F).to(torch.uint8) if scheme.element == "e4m3" else codes
