@@ -245,7 +245,7 @@ class Student:
         if name in self.skeleton.tied.values():
             return "shared by several layers"
         scale = qt.fields.get("scale")
-        if scale is None or scale.ndim < 1 or scale.shape[0] != qt.shape[0]:
+        if scale is None or scale.ndim < 1 or scale.shape[0] != qt.shape[0] or not scale.is_floating_point():
             return f"codec {qt.scheme.codec} stores no scale of its rows here"
         return ""
 

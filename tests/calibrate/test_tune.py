@@ -171,8 +171,19 @@ def test_codecs(scheme: dict[str, Any], case: Make, text: Tensor, tmp_path: Path
     assert result.after == pytest.approx(it.divergence(result.values, held_out(text)), rel=1e-3)
 
 
-def test_left_out_with_its_reason(case: Make, text: Tensor, tmp_path: Path) -> None:
-    table = {"codec": "lut", "entries": 4, "table": "kmeans", "table_scope": "row", "scaled": False}
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"codec": "lut", "entries": 4, "table": "kmeans", "table_scope": "row", "scaled": False},
+        {
+            "codec": "float",
+            "scale_format": "e8m0",
+            "group_size": 32,
+        },  # a scale's code times a factor is another scale's
+    ],
+    ids=lambda s: s["codec"],
+)
+def test_left_out_with_its_reason(table: dict[str, Any], case: Make, text: Tensor, tmp_path: Path) -> None:
     it = case(scheme_of=lambda n, w: INT2 if w.embedding else table if "up_proj" in n else None)
     notes: list[str] = []
     result = tune(it.compiled(), text, QUICK, tmp_path / "w", TuneEvents(note=notes.append))
