@@ -103,7 +103,9 @@ def test_place_violations(root: Path) -> list[str]:
         inside = path.relative_to(root / "tests")
         if inside.name == "__init__.py":
             found.append(f"tests/{inside.as_posix()}: tests are no packages")
-        if inside.parts[0] not in {"conftest.py", "hostexec"} and (len(inside.parts) < 2 or not (root / inside.parent).is_dir()):
+        if inside.parts[0] not in {"conftest.py", "hostexec"} and (
+            len(inside.parts) < 2 or not (root / inside.parent).is_dir()
+        ):
             found.append(f"tests/{inside.as_posix()} mirrors no folder of the root")
     for folder in (*FOLDERS, "csrc", "bitpalette"):
         for path in python_files(root, folder):

@@ -85,17 +85,38 @@ struct Block {
     unsigned live = 0;
 };
 
+// The launch under way.
+struct Machine {
+    char message[2048]; // what went wrong
+    bool failed;
+    long progress; // of what a spinning thread may wait for
+    Fibre scheduler;
+    const std::function<void()>* body; // what every thread runs
+    unsigned grid_blocks, block_threads;
+    size_t shared_bytes;          // of a block
+    char launch_order, end_order; // addresses to order by
+};
+extern Machine machine;
 extern Thread* running;
 
 // The error of the launch: `text` for the running thread at `where`. Does not return; the launch ends.
 [[noreturn]] void fail(Where where, const char* text, ...) __attribute__((format(printf, 2, 3)));
+void say(const char* format, ...) __attribute__((format(printf, 1, 2))); // appended to the message
 const char* base_name(const char* path);
 bool same_place(Where a, Where b);
 const char* name(Op op);
 // Until another thread (or the scheduler) makes this one ready again.
 void wait_here(const char* what, Where where);
 void make_ready(Thread& thread);
+inline uint32_t bit_of(const Thread& thread) {
+    return 1u << thread.index % 32;
+}
+void seed_random(uint64_t seed);
 uint64_t next_random();
+
+// All blocks in that order, as many at a time as may be alive, until they are done or one has failed.
+void run_blocks(const std::vector<unsigned>& order);
+void forget_blocks(); // and their stacks
 
 // One op, all 32 lanes there: from slots[].in to slots[].out.
 void execute(Op op, std::array<Warp::Slot, 32>& slots);
@@ -110,7 +131,5 @@ void count_ldmatrix(const std::array<Warp::Slot, 32>& slots, Where where);
 void count_leftover(); // accesses that fewer than 32 lanes made
 void forget_conflicts();
 std::string conflicts_text();
-
-extern size_t shared_bytes;
 
 } // namespace hostexec

@@ -30,11 +30,12 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-CORE = ("hostexec.cpp", "warp_ops.cpp", "shared_memory.cpp")
+CORE = ("hostexec.cpp", "scheduler.cpp", "meeting.cpp", "warp_ops.cpp", "shared_memory.cpp")
 SCHEDULES = ("forward", "reverse", "greedy_low", "greedy_high", "random")
 COPIES = ("lazy", "eager", "mixed")
 MODES = ("plain", "asan", "tsan")
-GUARD = 256  # bytes of NaN before and behind every buffer, and its alignment, which is cudaMalloc's
+ALIGNMENT = 256  # cudaMalloc's
+GUARD = 16384  # bytes of NaN before and behind every buffer; a kernel that writes further may crash the process
 
 # ffp-contract: nvcc fuses where it likes, the executor never, so that all of its modes agree.
 # no-tree-loop-distribute-patterns: no hidden calls of memcpy, which ThreadSanitizer intercepts.
@@ -59,7 +60,7 @@ class OutOfBoundsError(AssertionError):
     """Something was written before or behind a buffer."""
 
 
-class SanitizerError(RuntimeError):
+class IsolatedError(RuntimeError):
     """A sanitizer, or the check itself, failed in a process of its own. The text is its output."""
 
 
@@ -104,9 +105,9 @@ class Guarded:
         data = np.ascontiguousarray(data)
         self._guard = GUARD if _mode() == "plain" else 0
         size = data.nbytes
-        self._memory = np.full(size + 2 * self._guard + (GUARD if self._guard else 0), 0xFF, np.uint8)
+        self._memory = np.full(size + 2 * self._guard + (ALIGNMENT if self._guard else 0), 0xFF, np.uint8)
         address = self._memory.ctypes.data
-        self._first = self._guard + (-address % GUARD if self._guard else 0)
+        self._first = self._guard + (-(address + self._guard) % ALIGNMENT if self._guard else 0)
         if (address + self._first) % 16 != 0:
             raise MemoryError(f"numpy's memory at {address:#x} is not aligned to 16 bytes")
         self._end = self._first + size
@@ -200,7 +201,7 @@ class Executor:
     Options = Options
     LaunchError = LaunchError
     OutOfBoundsError = OutOfBoundsError
-    SanitizerError = SanitizerError
+    IsolatedError = IsolatedError
     guarded = Guarded
     all_options = staticmethod(all_options)
 
@@ -236,9 +237,7 @@ class Executor:
 
     def _run(self, arguments: list[str], target: Path) -> None:
         beside = target.with_name(f"{target.name}.{os.getpid()}")
-        done = subprocess.run(
-            [_compiler(), *arguments, "-o", str(beside)], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([_compiler(), *arguments, "-o", str(beside)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join([_compiler(), *arguments])}\n{done.stderr}")
         os.replace(beside, target)
@@ -247,7 +246,7 @@ class Executor:
         """function(executor, *args) in a process of its own where every build has the sanitizer of `mode`.
 
         The function is found again by its file and name, so it stands at the top of its file; args are JSON. Raises
-        SanitizerError with the output if the sanitizer reports anything or the function raises.
+        IsolatedError with the output if the sanitizer reports anything or the function raises.
         """
         call = [function.__code__.co_filename, function.__name__, json.dumps(args), str(self.folder)]
         command = [sys.executable, str(HERE / "isolated.py"), *call]
@@ -257,7 +256,7 @@ class Executor:
             command, env=_sanitizer_environment(mode), capture_output=True, text=True, timeout=timeout, check=False
         )
         if done.returncode != 0:
-            raise SanitizerError(f"{mode}, exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+            raise IsolatedError(f"{mode}, exit code {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
 def _sanitizer_environment(mode: str) -> dict[str, str]:

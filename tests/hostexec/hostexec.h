@@ -54,7 +54,7 @@ void async_wait(int groups);
 
 // Spinning: lets others run, and fails when there is nobody left who could end the wait.
 void spin(Where where);
-void progress(); // what a spinning thread may wait for has changed
+void progress(bool release); // what a spinning thread may wait for is about to change
 void fence();
 
 // Counts the bank conflicts of an access of one lane; fails if it is out of the block's shared memory or misaligned.

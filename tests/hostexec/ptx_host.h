@@ -334,7 +334,7 @@ BP_DEVICE uint32_t redux_min(uint32_t value, Where where = Where::here()) {
 }
 
 BP_DEVICE unsigned atomic_add(unsigned* p, unsigned value) {
-    ::hostexec::progress();
+    ::hostexec::progress(false);
     return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
 BP_DEVICE void fence() {
@@ -345,7 +345,7 @@ BP_DEVICE unsigned ld_acquire(const unsigned* p, Where where = Where::here()) {
     return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 BP_DEVICE void st_release(unsigned* p, unsigned value) {
-    ::hostexec::progress();
+    ::hostexec::progress(true);
     __atomic_store_n(p, value, __ATOMIC_RELEASE);
 }
 BP_DEVICE uint32_t ld_cg(const uint32_t* p) {

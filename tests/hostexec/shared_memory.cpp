@@ -4,11 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
+#include <tuple>
 
 namespace hostexec {
-
-size_t shared_bytes = 0;
 
 namespace {
 
@@ -22,15 +20,17 @@ constexpr uint8_t margin_byte = 0xa5, poison = 0xff;
 struct Count {
     long accesses = 0, extra = 0;
 };
+// What all lanes of a warp read or write at a line, lane by lane.
 struct Access {
     uint32_t lanes = 0;
     size_t bytes = 0;
     std::array<size_t, 32> offset;
 };
-// file, line, which; of one access of a warp also warp and how many before it
-using Line = std::tuple<std::string, int, std::string>;
+enum class Kind { ldmatrix, lds, sts };
+using Line = std::tuple<const char*, int, Kind>;
 std::map<Line, Count> counts;
-std::map<std::tuple<const Warp*, std::string, int, bool, size_t, long>, Access> open_accesses;
+// of lds and sts, where lanes come one by one: also which warp and how many it did before
+std::map<std::tuple<const Warp*, Line, long>, Access> open_accesses;
 
 // 32 banks of 4 bytes. 8 bytes a lane go in two halves of a warp, 16 in four quarters, each a pass if it is free of
 // conflicts: it takes as many as the bank with the most different words asked of it.
@@ -38,22 +38,23 @@ long extra_passes(const Access& access) {
     const int lanes = access.bytes <= 4 ? 32 : access.bytes == 8 ? 16 : 8;
     long extra = 0;
     for (int first = 0; first < 32; first += lanes) {
-        std::set<size_t> words;
+        std::array<size_t, 32> words; // asked for in this pass
+        size_t count = 0;
+        std::array<long, 32> bank{};
         for (int lane = first; lane < first + lanes; ++lane)
             if (access.lanes >> lane & 1)
-                for (size_t word = access.offset[lane] / 4; word <= (access.offset[lane] + access.bytes - 1) / 4;
-                     ++word)
-                    words.insert(word);
-        std::array<long, 32> bank{};
-        for (const size_t word : words)
-            ++bank[word % 32];
+                for (size_t at = access.offset[lane]; at < access.offset[lane] + access.bytes; at += 4)
+                    if (std::find(words.begin(), words.begin() + count, at / 4) == words.begin() + count) {
+                        words[count++] = at / 4;
+                        ++bank[at / 4 % 32];
+                    }
         extra += std::max(0l, *std::max_element(bank.begin(), bank.end()) - 1);
     }
     return extra;
 }
 
-void count(const char* file, int line, const char* which, const Access& access) {
-    Count& count = counts[{base_name(file), line, which}];
+void count(const Line& line, const Access& access) {
+    Count& count = counts[line];
     ++count.accesses;
     count.extra += extra_passes(access);
 }
@@ -75,7 +76,7 @@ uint8_t* shared_of(uint8_t* memory) {
 }
 bool shared_intact(const uint8_t* memory) {
     const auto right = [](uint8_t byte) { return byte == margin_byte; };
-    const uint8_t* const end = memory + margin + shared_bytes;
+    const uint8_t* const end = memory + margin + machine.shared_bytes;
     return std::all_of(memory, memory + margin, right) && std::all_of(end, end + margin, right);
 }
 void free_shared(uint8_t* memory) {
@@ -84,9 +85,9 @@ void free_shared(uint8_t* memory) {
 
 void check_shared(const void* address, size_t bytes, const char* what, Where where) {
     const auto first = reinterpret_cast<uintptr_t>(current.shared), at = reinterpret_cast<uintptr_t>(address);
-    if (at < first || at + bytes > first + shared_bytes)
+    if (at < first || at + bytes > first + machine.shared_bytes)
         fail(where, "%s: shared memory out of range, offset %lld of %zu bytes", what,
-             static_cast<long long>(at) - static_cast<long long>(first), shared_bytes);
+             static_cast<long long>(at) - static_cast<long long>(first), machine.shared_bytes);
     if (at % bytes != 0)
         fail(where, "%s: misaligned, shared memory offset %zu is no multiple of %zu", what, at - first, bytes);
 }
@@ -164,13 +165,14 @@ void shared_access(const void* address, size_t bytes, bool store, Where where) {
                              [&](const auto& entry) { return same_place(entry.first, where); });
     if (mine == me.accesses.end())
         mine = me.accesses.insert(me.accesses.end(), {where, 0});
-    const auto key = std::make_tuple(me.warp, std::string(where.file), where.line, store, bytes, mine->second++);
+    const Line line{where.file, where.line, store ? Kind::sts : Kind::lds};
+    const auto key = std::make_tuple(me.warp, line, mine->second++);
     Access& access = open_accesses[key];
-    access.lanes |= 1u << me.index % 32;
+    access.lanes |= bit_of(me);
     access.bytes = bytes;
     access.offset[me.index % 32] = static_cast<size_t>(static_cast<const uint8_t*>(address) - current.shared);
     if (access.lanes == ~0u) {
-        count(where.file, where.line, store ? "sts" : "lds", access);
+        count(line, access);
         open_accesses.erase(key);
     }
 #endif
@@ -183,7 +185,7 @@ void count_ldmatrix(const std::array<Warp::Slot, 32>& slots, Where where) {
     access.bytes = 16;
     for (int lane = 0; lane < 32; ++lane)
         access.offset[lane] = slots[lane].in[4];
-    count(where.file, where.line, "ldmatrix", access);
+    count({where.file, where.line, Kind::ldmatrix}, access);
 #else
     (void)slots, (void)where;
 #endif
@@ -191,7 +193,7 @@ void count_ldmatrix(const std::array<Warp::Slot, 32>& slots, Where where) {
 
 void count_leftover() {
     for (const auto& [key, access] : open_accesses)
-        count(std::get<1>(key).c_str(), std::get<2>(key), std::get<3>(key) ? "sts" : "lds", access);
+        count(std::get<1>(key), access);
     open_accesses.clear();
 }
 void forget_conflicts() {
@@ -199,10 +201,12 @@ void forget_conflicts() {
     open_accesses.clear();
 }
 std::string conflicts_text() {
+    static constexpr const char* kinds[] = {"ldmatrix", "lds", "sts"};
     std::string text;
     for (const auto& [line, count] : counts)
-        text += std::get<0>(line) + " " + std::to_string(std::get<1>(line)) + " " + std::get<2>(line) + " " +
-                std::to_string(count.accesses) + " " + std::to_string(count.extra) + "\n";
+        text += std::string(base_name(std::get<0>(line))) + " " + std::to_string(std::get<1>(line)) + " " +
+                kinds[static_cast<int>(std::get<2>(line))] + " " + std::to_string(count.accesses) + " " +
+                std::to_string(count.extra) + "\n";
     return text;
 }
 

@@ -38,7 +38,9 @@ ERRORS = {
 
 
 def marked_line(name: str) -> int:
-    (line,) = [i for i, text in enumerate(MISUSE.read_text().splitlines(), 1) if f"here: {name}" in text.split("//")[-1]]
+    (line,) = [
+        i for i, text in enumerate(MISUSE.read_text().splitlines(), 1) if f"here: {name}" in text.split("//")[-1]
+    ]
     return line
 
 
@@ -126,7 +128,7 @@ def run_isolated(executor: Any, name: str, defines: list[str], coresident: int) 
     ],
 )
 def test_sanitizer_names_the_line(hostexec: Any, mode: str, name: str, text: str) -> None:
-    with pytest.raises(hostexec.SanitizerError, match=text) as error:
+    with pytest.raises(hostexec.IsolatedError, match=text) as error:
         hostexec.isolated(mode, run_isolated, name, [], 1)
     assert f"misuse.cu:{marked_line(name)}" in str(error.value)
 

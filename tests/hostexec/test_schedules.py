@@ -100,7 +100,7 @@ def test_sanitizers_accept_what_is_ordered(hostexec: Any, mode: str, check: Any,
 def test_missing_fence_is_a_race(hostexec: Any, check: Any, args: tuple[int, ...]) -> None:
     """Right in every order on one core; only ThreadSanitizer sees that nothing orders the blocks."""
     check(hostexec, *args)
-    with pytest.raises(hostexec.SanitizerError, match="data race"):
+    with pytest.raises(hostexec.IsolatedError, match="data race"):
         hostexec.isolated("tsan", check, *args)
 
 
