@@ -39,10 +39,10 @@ GUARD = 16384  # bytes of NaN before and behind every buffer; a kernel that writ
 
 # ffp-contract: nvcc fuses where it likes, the executor never, so that all of its modes agree.
 # no-tree-loop-distribute-patterns: no hidden calls of memcpy, which ThreadSanitizer intercepts.
-_FLAGS = (
-    "-std=c++17 -fPIC -g -w -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique"
-    " -fno-tree-loop-distribute-patterns -DBITPALETTE_HOST_EXECUTOR"
-).split()
+_FLAGS = [
+    *("-std=c++17", "-fPIC", "-g1", "-w", "-DBITPALETTE_HOST_EXECUTOR"),
+    *("-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique", "-fno-tree-loop-distribute-patterns"),
+]
 _KERNEL = {
     "plain": ["-O2"],
     "asan": ["-O1", "-fsanitize=address,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],

@@ -64,9 +64,17 @@ BP_GLOBAL void banks_kernel(const int* offsets, int store) {
 }
 
 template <int... Lut>
-uint32_t lop3_of(int lut, uint32_t a, uint32_t b, uint32_t c, std::integer_sequence<int, Lut...>) {
-    constexpr uint32_t (*all[])(uint32_t, uint32_t, uint32_t) = {lop3<Lut>...};
-    return all[lut](a, b, c);
+BP_DEVICE uint32_t lop3_of(int lut, uint32_t a, uint32_t b, uint32_t c, std::integer_sequence<int, Lut...>) {
+    uint32_t d = 0;
+    ((lut == Lut ? (d = lop3<Lut>(a, b, c), void()) : void()), ...);
+    return d;
+}
+// a, b, c [n] -> out [256, n]
+template <int Unused>
+BP_GLOBAL void lop3_kernel(int n, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out) {
+    for (int lut = 0; lut < 256; ++lut)
+        for (int i = static_cast<int>(thread()); i < n; i += 32)
+            out[lut * n + i] = lop3_of(lut, a[i], b[i], c[i], std::make_integer_sequence<int, 256>());
 }
 
 enum class Word {
@@ -99,7 +107,7 @@ enum class Word {
     rcp_approx
 };
 
-inline uint32_t word_of(Word op, uint32_t a, uint32_t b, uint32_t c) {
+BP_DEVICE uint32_t word_of(Word op, uint32_t a, uint32_t b, uint32_t c) {
     const float x = uint_as_float(a), y = uint_as_float(b);
     const int32_t ia = static_cast<int32_t>(a), ib = static_cast<int32_t>(b), ic = static_cast<int32_t>(c);
     switch (op) {
@@ -161,7 +169,13 @@ inline uint32_t word_of(Word op, uint32_t a, uint32_t b, uint32_t c) {
     return 0;
 }
 
-// in [ops, 32] of one value each -> out [ops, 32]
+template <int Unused>
+BP_GLOBAL void words_kernel(Word op, int n, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out) {
+    for (int i = static_cast<int>(thread()); i < n; i += 32)
+        out[i] = word_of(op, a[i], b[i], c[i]);
+}
+
+// in [32] -> out [7, 32]
 template <int Unused>
 BP_GLOBAL void lanes_kernel(const uint32_t* in, int operand, uint32_t* out) {
     const unsigned me = thread();
@@ -267,16 +281,11 @@ int run_banks(int size, const int* offsets, int store, int bytes) {
     const auto kernel = size == 4 ? banks_kernel<uint32_t> : size == 8 ? banks_kernel<uint2> : banks_kernel<uint4>;
     return launch(kernel, 1, 32, static_cast<size_t>(bytes), nullptr, offsets, store);
 }
-int run_lop3(int n, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out) { // out [256, n]
-    for (int lut = 0; lut < 256; ++lut)
-        for (int i = 0; i < n; ++i)
-            out[lut * n + i] = lop3_of(lut, a[i], b[i], c[i], std::make_integer_sequence<int, 256>());
-    return 0;
+int run_lop3(int n, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out) {
+    return launch(lop3_kernel<0>, 1, 32, 0, nullptr, n, a, b, c, out);
 }
 int run_words(int op, int n, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out) {
-    for (int i = 0; i < n; ++i)
-        out[i] = word_of(static_cast<Word>(op), a[i], b[i], c[i]);
-    return 0;
+    return launch(words_kernel<0>, 1, 32, 0, nullptr, static_cast<Word>(op), n, a, b, c, out);
 }
 int run_lanes(const uint32_t* in, int operand, uint32_t* out) {
     return launch(lanes_kernel<0>, 1, 32, 0, nullptr, in, operand, out);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ import torch
 pytestmark = pytest.mark.hostexec
 
 MINI = Path(__file__).with_name("mini.cu")
-# the order of `enum class Word` in mini.cu
-WORDS = (
-    "prmt funnel_right clz popc mul_hi dp4a_uu dp4a_us dp4a_ss add_f16x2 sub_f16x2 mul_f16x2 fma_f16x2 add_bf16x2"
-    " sub_bf16x2 mul_bf16x2 fma_bf16x2 pack_f16x2 pack_bf16x2 float_to_f16 float_to_bf16 f16_to_float bf16_to_float"
-    " float_to_int int_to_float exp2_approx rsqrt_approx rcp_approx"
-).split()
+MEMBERS = re.search(r"enum class Word \{([^}]*)\}", MINI.read_text())
+assert MEMBERS is not None
+WORDS = [name.strip() for name in MEMBERS[1].split(",")]
 U32 = np.uint32
+
+
+def u32(*values: int) -> np.ndarray:
+    return np.array(values, U32)
+
+
+def f32(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def mini(hostexec: Any) -> Any:
     return hostexec.build([MINI])
 
 
-def words(hostexec: Any, mini: Any, op: str, a: np.ndarray, b: np.ndarray | None = None, c: Any = None) -> np.ndarray:
+def words(hostexec: Any, mini: Any, op: str, a: np.ndarray, b: Any = None, c: Any = None) -> np.ndarray:
     """One word-wise instruction on arrays of uint32 -> uint32."""
     zeros = np.zeros_like(a)
     out = hostexec.guarded(zeros)
@@ -43,7 +49,7 @@ def random_words(count: int, seed: int = 0) -> np.ndarray:
 # --- mma. CuTe's MMA_Traits of SM80 (include/cute/atom/mma_traits_sm80.hpp): for each lane and value the index of the
 # element in a column-major matrix, as (shape, stride) of lane and of value, the first of a shape the fastest.
 
-LAYOUTS = {
+LAYOUTS: Any = {
     "16": {
         "A": (((4, 8), (32, 1)), ((2, 2, 2), (16, 8, 128))),  # 16 x 16, m + 16 k
         "B": (((4, 8), (16, 1)), ((2, 2), (8, 64))),  # 8 x 16, n + 8 k
@@ -106,13 +112,13 @@ def test_mma_fragments_are_those_of_cute(hostexec: Any, mini: Any, kind: str) ->
     c = np.random.default_rng(1).integers(-50, 50, (len(a), 16, 8))
     expected = a @ b + c
 
+    result: Any = np.int32 if kind == "s8" else np.float32
     if kind == "s8":
         small = [x.astype(np.int8) for x in (a, b)]
-        c_registers, result = fragments(c.astype(np.int32), LAYOUTS["C"]), np.int32
     else:
         encode = bf16_bits if kind == "bf16" else lambda x: x.astype(np.float16).view(np.uint16)
         small = [encode(x) for x in (a, b)]
-        c_registers, result = fragments(c.astype(np.float32), LAYOUTS["C"]), np.float32
+    c_registers = fragments(c.astype(result), LAYOUTS["C"])
     a_registers = fragments(small[0], layout["A"])
     b_registers = fragments(small[1].transpose(0, 2, 1), layout["B"])
     assert a_registers.shape[1:] == (32, 4) and b_registers.shape[1:] == (32, 2)
@@ -143,7 +149,7 @@ def test_mma_special_values(hostexec: Any, mini: Any, kind: str) -> None:
     c = hostexec.guarded(np.zeros((1, 32, 4), U32))
     mini.call("run_mma", ["f16", "bf16"].index(kind), hostexec.guarded(a), hostexec.guarded(b), c, d)
     out = from_fragments(d.array, np.float32)[0]
-    np.testing.assert_array_equal(out[:4], np.float32([[values[0, 0, 0]], [np.inf], [np.nan], [0]]) * np.ones(8))
+    np.testing.assert_array_equal(out[:4], f32(values[0, 0, 0], np.inf, np.nan, 0)[:, None] * np.ones(8))
 
 
 def test_ldmatrix(hostexec: Any, mini: Any) -> None:
@@ -172,9 +178,9 @@ def test_prmt(hostexec: Any, mini: Any) -> None:
 
 def test_lop3_truth_tables(hostexec: Any, mini: Any) -> None:
     """The immediate is the function of 0xf0, 0xcc, 0xaa, for all 256 of them and on random words bit by bit."""
-    a = np.concatenate([U32([0xF0]), random_words(40)])
-    b = np.concatenate([U32([0xCC]), random_words(40, 1)])
-    c = np.concatenate([U32([0xAA]), random_words(40, 2)])
+    a = np.concatenate([u32(0xF0), random_words(40)])
+    b = np.concatenate([u32(0xCC), random_words(40, 1)])
+    c = np.concatenate([u32(0xAA), random_words(40, 2)])
     out = hostexec.guarded(np.zeros((256, a.size), U32))
     mini.call("run_lop3", a.size, *(hostexec.guarded(x) for x in (a, b, c)), out)
     np.testing.assert_array_equal(out.array[:, 0] & 255, np.arange(256))
@@ -210,13 +216,9 @@ def awkward_halves(count: int, seed: int) -> np.ndarray:
     bits = rng.integers(0, 2**16, count, dtype=np.uint16)
     near_one = (0x3C00 + rng.integers(-40, 40, count)).astype(np.uint16)
     denormal = rng.integers(0, 0x480, count, dtype=np.uint16)
-    special = np.uint16([0, 0x8000, 1, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00])
+    special = np.array([0, 0x8000, 1, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00], np.uint16)
     pick = rng.integers(0, 4, count)
     return np.choose(pick, [bits, near_one, denormal, rng.choice(special, count)]).astype(np.uint16)
-
-
-def exact_sum(product: list[Any], addend: list[Any]) -> list[Any]:
-    return [p + a for p, a in zip(product, addend, strict=True)]
 
 
 def rounded(exact: Any, mantissa: int, least: int, largest: float) -> float:
@@ -291,7 +293,7 @@ def test_fp16_pairs_are_numpys(hostexec: Any, mini: Any) -> None:
 
 
 def test_conversions(hostexec: Any, mini: Any) -> None:
-    x = np.concatenate([random_words(20000).view(np.float32), np.float32([0, -0.0, 65520, 65519.996, 2**-25, 2**-24])])
+    x = np.concatenate([random_words(20000).view(np.float32), f32(0, -0.0, 65520, 65519.996, 2**-25, 2**-24)])
     x = np.concatenate([x, np.random.default_rng(3).standard_normal(20000).astype(np.float32) * 1000])
     y = x[::-1].copy()
     with np.errstate(all="ignore"):
@@ -314,7 +316,7 @@ def test_conversions(hostexec: Any, mini: Any) -> None:
 
 
 def test_integers_of_floats(hostexec: Any, mini: Any) -> None:
-    x = np.float32([0.5, 1.5, 2.5, -0.5, -1.5, 127.49999, 3e9, -3e9, np.inf, -np.inf, np.nan, 2147483520, 8388609.5])
+    x = f32(0.5, 1.5, 2.5, -0.5, -1.5, 127.49999, 3e9, -3e9, np.inf, -np.inf, np.nan, 2147483520, 8388609.5)
     expected = [0, 2, 2, 0, -2, 127, 2**31 - 1, -(2**31), 2**31 - 1, -(2**31), 0, 2147483520, 8388610]
     np.testing.assert_array_equal(words(hostexec, mini, "float_to_int", x.view(U32)).view(np.int32), expected)
     i = random_words(2000).view(np.int32)
@@ -323,7 +325,7 @@ def test_integers_of_floats(hostexec: Any, mini: Any) -> None:
 
 
 def test_approximations(hostexec: Any, mini: Any) -> None:
-    x = np.float32([1, 2, 0.3, 17.5, 1e-39, 0, 3e-30, 1e30])
+    x = f32(1, 2, 0.3, 17.5, 1e-39, 0, 3e-30, 1e30)
     flushed = np.where(np.abs(x) < 2.0**-126, 0, x).astype(np.float64)
     with np.errstate(all="ignore"):
         expected = {"rcp_approx": 1 / flushed, "rsqrt_approx": 1 / np.sqrt(flushed), "exp2_approx": np.exp2(flushed)}
