@@ -26,44 +26,62 @@ void check(const GemvI8Args& args) {
                " elements apart");
 }
 
-template <int TileWords, int Tokens, bool Planes>
+template <int TileWords, int Vectors>
 int start(const GemvI8Args& args, void* stream) {
-    const int words = (args.weight.row_bits + 1) / 2;
     // no empty runs: a row would wait for a block that has nothing of it
     const int64_t superblocks =
         (args.weight.n + superblock - 1) / superblock * ((args.weight.k + superblock - 1) / superblock);
     const int64_t blocks = superblocks < args.blocks ? superblocks : args.blocks;
-    const size_t shared = gemv_shared_bytes(words, Tokens * (Planes ? 2 : 1));
-    return launch(gemv_i8_kernel<TileWords, Tokens, Planes>, static_cast<unsigned>(blocks), gemv_threads, shared,
-                  stream, args);
+    return launch(gemv_i8_kernel<TileWords, Vectors>, static_cast<unsigned>(blocks), gemv_threads,
+                  gemv_shared_bytes(gemv_tile_words(args.weight.row_bits), Vectors), stream, args);
 }
 
-template <int TileWords>
-int start(const GemvI8Args& args, void* stream) {
-    if (args.tokens == 1)
-        return args.x_low == nullptr ? start<TileWords, 1, false>(args, stream)
-                                     : start<TileWords, 1, true>(args, stream);
-    return args.x_low == nullptr ? start<TileWords, 2, false>(args, stream) : start<TileWords, 2, true>(args, stream);
+template <int TileWords, int Vectors>
+int resident(int row_bits, int* blocks) {
+    return resident_blocks(gemv_i8_kernel<TileWords, Vectors>, gemv_threads,
+                           gemv_shared_bytes(gemv_tile_words(row_bits), Vectors), blocks);
+}
+
+// call(words, vectors), integral constants, of the instance for a rate and a number of vectors.
+template <int TileWords, class Call>
+int with_vectors(int vectors, Call call) {
+    using Words = std::integral_constant<int, TileWords>;
+    if (vectors == 1)
+        return call(Words(), std::integral_constant<int, 1>());
+    if (vectors == 2)
+        return call(Words(), std::integral_constant<int, 2>());
+    return call(Words(), std::integral_constant<int, 4>());
+}
+
+template <class Call>
+int with_instance(int row_bits, int vectors, Call call) {
+    switch (gemv_tile_words(row_bits)) {
+    case 16: // 2 bits
+        return with_vectors<16>(vectors, call);
+    case 20: // 2.5
+        return with_vectors<20>(vectors, call);
+    case 24: // 3
+        return with_vectors<24>(vectors, call);
+    case 28: // 3.5
+        return with_vectors<28>(vectors, call);
+    case 32: // 4
+        return with_vectors<32>(vectors, call);
+    default:
+        return with_vectors<0>(vectors, call);
+    }
 }
 
 } // namespace
 
 int gemv_i8(const GemvI8Args& args, void* stream) {
     check(args);
-    switch ((args.weight.row_bits + 1) / 2) {
-    case 16: // 2 bits
-        return start<16>(args, stream);
-    case 20: // 2.5
-        return start<20>(args, stream);
-    case 24: // 3
-        return start<24>(args, stream);
-    case 28: // 3.5
-        return start<28>(args, stream);
-    case 32: // 4
-        return start<32>(args, stream);
-    default:
-        return start<0>(args, stream);
-    }
+    return with_instance(args.weight.row_bits, args.tokens * (args.x_low == nullptr ? 1 : 2),
+                         [&](auto words, auto vectors) { return start<words(), vectors()>(args, stream); });
+}
+
+int gemv_i8_resident_blocks(int row_bits, int tokens, bool planes, int* blocks) {
+    return with_instance(row_bits, tokens * (planes ? 2 : 1),
+                         [&](auto words, auto vectors) { return resident<words(), vectors()>(row_bits, blocks); });
 }
 
 } // namespace bitpalette

@@ -36,7 +36,7 @@ struct GemvI8Args {
     int64_t y_stride;     // elements
     int tokens;           // 1 or 2
     Dtype dtype;
-    int blocks; // any number gives the same result; as many as the device holds at once is fastest
+    int blocks; // any number gives the same result; gemv_i8_resident_blocks is fastest
     // Of gemv_i8_workspace bytes, aligned to 16. The counters in it are zero before the first call and after each;
     // calls that may run at the same time have a workspace each.
     void* workspace;
@@ -51,6 +51,9 @@ BP_HOST_DEVICE constexpr int64_t gemv_i8_workspace(int64_t n, int tokens, int bl
     return gemv_counter_bytes(n) + static_cast<int64_t>(blocks) * 2 * superblock * tokens * 8;
 }
 
+BP_HOST_DEVICE constexpr int gemv_tile_words(int row_bits) {
+    return (row_bits + 1) / 2;
+}
 constexpr int gemv_stage_bytes(int tile_words, int vectors) {
     return superblock * tile_words + superblock * vectors;
 }
@@ -60,20 +63,20 @@ constexpr int gemv_shared_bytes(int tile_words, int vectors) {
            2 * gemv_warps * superblock * vectors * 4 + 16;
 }
 
-// TileWords: words of a tile, or 0 where they are known only at run time, which costs additions for addresses.
-template <int TileWords, int Tokens, bool Planes>
+// TileWords: words of a tile, or 0 where they are known only at run time, which costs 11 % more instructions, for
+// addresses. Vectors of int8: those of the tokens, with two planes [token][plane].
+template <int TileWords, int Vectors>
 class GemvI8 {
   public:
-    static constexpr int vectors = Tokens * (Planes ? 2 : 1); // of int8: [token][plane]
-
     BP_DEVICE GemvI8(const GemvI8Args& args, uint8_t* shared)
         : args_(args), across_(static_cast<int>((args.weight.k + superblock - 1) / superblock)),
           total_((args.weight.n + superblock - 1) / superblock * across_), lane_(static_cast<int>(ptx::lane())),
           warp_(static_cast<int>(ptx::warp())) {
-        stage_bytes_ = superblock * tile_words() + superblock * vectors;
+        planes_ = args.x_low == nullptr ? 1 : 2;
+        stage_bytes_ = superblock * tile_words() + superblock * Vectors;
         ring_ = shared + warp_ * gemv_stages * stage_bytes_;
         sums_ = reinterpret_cast<int32_t*>(shared + gemv_warps * gemv_stages * stage_bytes_);
-        last_ = reinterpret_cast<unsigned*>(sums_ + 2 * gemv_warps * superblock * vectors);
+        last_ = reinterpret_cast<unsigned*>(sums_ + 2 * gemv_warps * superblock * Vectors);
         const int m = args.weight.row_bits, start = lane_ % 4 * m / 4; // of the lane's columns, in a row
         BP_UNROLL
         for (int half = 0; half < 2; ++half) {
@@ -99,13 +102,15 @@ class GemvI8 {
             fetch(stage);
         int stage = 0, parity = 0;
         int64_t row = begin / across_;
-        for (int64_t first = begin, at = begin + warp_; first < end; ++row, parity ^= 1) {
+        for (int64_t first = begin, at = begin + warp_; first < end;
+             ++row, parity ^= BP_MUTATE(gemv_one_buffer, 0, 1)) {
             const int64_t row_end = (row + 1) * across_;
             const int64_t last = row_end < end ? row_end : end;
-            int32_t sum[vectors][8] = {};
+            int32_t sum[Vectors][8] = {};
             for (; at < last; at += gemv_warps) {
-                ptx::cp_async_wait<gemv_stages - 2>();
-                ptx::sync_warp(); // what the other lanes copied is here, and what they read in the last round is free
+                ptx::cp_async_wait<BP_MUTATE(gemv_wait_off_by_one, gemv_stages - 1, gemv_stages - 2)>();
+                // what the other lanes copied is here, and what they read in the last round is free
+                BP_MUTATE(gemv_missing_sync_warp, , ptx::sync_warp());
                 fetch(stage == 0 ? gemv_stages - 1 : stage - 1);
                 add(ring_ + stage * stage_bytes_, sum);
                 stage = stage + 1 == gemv_stages ? 0 : stage + 1;
@@ -117,7 +122,8 @@ class GemvI8 {
     }
 
   private:
-    BP_DEVICE int tile_words() const { return TileWords != 0 ? TileWords : (args_.weight.row_bits + 1) / 2; }
+    BP_DEVICE int tokens() const { return Vectors / planes_; }
+    BP_DEVICE int tile_words() const { return TileWords != 0 ? TileWords : gemv_tile_words(args_.weight.row_bits); }
 
     // The run of block b begins here.
     BP_DEVICE int64_t first_of(unsigned b) const { return total_ * b / static_cast<int64_t>(ptx::blocks()); }
@@ -134,10 +140,10 @@ class GemvI8 {
                 reinterpret_cast<const uint8_t*>(args_.weight.codes) + next_ * superblock * tile_words();
             for (int i = lane_; i < 4 * tile_words(); i += 32)
                 ptx::cp_async16_once(to + 16 * i, from + 16 * i, true);
-            if (lane_ < 4 * vectors) {
+            if (lane_ < 4 * Vectors) {
                 const int vector = lane_ / 4;
-                const int8_t* x = Planes && vector % 2 != 0 ? args_.x_low : args_.x;
-                const int64_t row = (Planes ? vector / 2 : vector) * static_cast<int64_t>(across_) * superblock;
+                const int8_t* x = vector % planes_ == 0 ? args_.x : args_.x_low;
+                const int64_t row = vector / planes_ * static_cast<int64_t>(across_) * superblock;
                 ptx::cp_async16(to + superblock * tile_words() + 16 * lane_,
                                 x + row + next_column_ * superblock + lane_ % 4 * 16, true);
             }
@@ -148,14 +154,14 @@ class GemvI8 {
     }
 
     // sum[v][2 n16 + half]: of the lane's columns of rows 16 n16 + 8 half + lane / 4.
-    BP_DEVICE void add(const uint8_t* stage, int32_t (&sum)[vectors][8]) const {
+    BP_DEVICE void add(const uint8_t* stage, int32_t (&sum)[Vectors][8]) const {
         const uint32_t* codes = reinterpret_cast<const uint32_t*>(stage);
         const uint32_t* x = codes + 16 * tile_words() + lane_ % 4;
         BP_UNROLL
         for (int k16 = 0; k16 < 4; ++k16) {
-            int32_t splat[vectors][4];
+            int32_t splat[Vectors][4];
             BP_UNROLL
-            for (int v = 0; v < vectors; ++v) {
+            for (int v = 0; v < Vectors; ++v) {
                 const uint32_t four = ptx::lds(x + 16 * v + 4 * k16); // columns 0, 2, 1, 3
                 splat[v][0] = static_cast<int32_t>(ptx::prmt(four, 0, 0x0000));
                 splat[v][1] = static_cast<int32_t>(ptx::prmt(four, 0, 0x2222));
@@ -175,7 +181,7 @@ class GemvI8 {
                         const uint32_t state = (j == 0 ? bits : bits >> window_[j - 1]) & mask_;
                         const uint32_t bytes = state * trellis_multiplier;
                         BP_UNROLL
-                        for (int v = 0; v < vectors; ++v)
+                        for (int v = 0; v < Vectors; ++v)
                             sum[v][2 * n16 + half] = ptx::dp4a_us(bytes, splat[v][j], sum[v][2 * n16 + half]);
                     }
                 }
@@ -186,46 +192,46 @@ class GemvI8 {
     // All warps: what they have of a row of superblocks, to y or to the workspace. begins: the run begins in this row;
     // whole: the block has all of it.
     // The sums of the next row go elsewhere (parity), so one barrier is enough between writing and reading them.
-    BP_DEVICE void finish(int64_t row, bool begins, bool whole, int32_t (&sum)[vectors][8], int parity) {
-        int32_t* sums = sums_ + parity * gemv_warps * superblock * vectors;
+    BP_DEVICE void finish(int64_t row, bool begins, bool whole, int32_t (&sum)[Vectors][8], int parity) {
+        int32_t* sums = sums_ + parity * gemv_warps * superblock * Vectors;
         BP_UNROLL
-        for (int v = 0; v < vectors; ++v)
+        for (int v = 0; v < Vectors; ++v)
             BP_UNROLL
         for (int i = 0; i < 8; ++i) {
             uint32_t part = static_cast<uint32_t>(sum[v][i]);
             part += ptx::shfl_xor(part, 1);
             part += ptx::shfl_xor(part, 2);
             if (lane_ % 4 == 0)
-                sums[(warp_ * vectors + v) * superblock + 8 * i + lane_ / 4] = static_cast<int32_t>(part);
+                sums[(warp_ * Vectors + v) * superblock + 8 * i + lane_ / 4] = static_cast<int32_t>(part);
         }
         ptx::sync_threads();
         const int thread = static_cast<int>(ptx::thread()), token = thread / superblock, at = thread % superblock;
         int64_t value = 0;
-        if (token < Tokens) {
-            int64_t plane[2] = {};
-            for (int warp = 0; warp < gemv_warps; ++warp)
-                BP_UNROLL
-            for (int p = 0; p < vectors / Tokens; ++p)
-                plane[p] += sums[(warp * vectors + token * (vectors / Tokens) + p) * superblock + at];
-            value = Planes ? 256 * plane[0] + plane[1] : plane[0];
+        if (token < tokens()) {
+            for (int p = 0; p < planes_; ++p) {
+                int64_t plane = 0;
+                for (int warp = 0; warp < gemv_warps; ++warp)
+                    plane += sums[(warp * Vectors + token * planes_ + p) * superblock + at];
+                value = 256 * value + plane; // high, then low
+            }
         }
         if (!whole && !gathered(row, begins, token, at, value))
             return;
         const int64_t n = row * superblock + at;
-        if (token < Tokens && n < args_.weight.n)
+        if (token < tokens() && n < args_.weight.n)
             write(token, n, value);
     }
 
     BP_DEVICE int64_t* slot(int64_t b, bool begins, int token) const {
         int64_t* slots =
             reinterpret_cast<int64_t*>(static_cast<char*>(args_.workspace) + gemv_counter_bytes(args_.weight.n));
-        return slots + ((2 * b + (begins ? 0 : 1)) * Tokens + token) * superblock;
+        return slots + ((2 * b + (begins ? 0 : 1)) * tokens() + token) * superblock;
     }
 
     // Leaves the block's sums for the others. True in the last block to come: value is then the sum of all.
     BP_DEVICE bool gathered(int64_t row, bool begins, int token, int at, int64_t& value) {
         const int64_t first = owner(row * across_), count = owner((row + 1) * across_ - 1) - first + 1;
-        if (token < Tokens)
+        if (token < tokens())
             slot(ptx::block(), begins, token)[at] = value;
         ptx::fence();
         ptx::sync_threads();
@@ -237,9 +243,9 @@ class GemvI8 {
             return false;
         ptx::fence();
         if (ptx::thread() == 0)
-            *counter = 0;
+            *counter = BP_MUTATE(gemv_counter_left, 1, 0);
         value = 0;
-        if (token < Tokens)
+        if (token < tokens())
             for (int64_t b = first; b < first + count; ++b) // all but the first begin in this row
                 value += slot(b, b > first || first_of(static_cast<unsigned>(b)) == row * across_, token)[at];
         return true;
@@ -247,7 +253,7 @@ class GemvI8 {
 
     BP_DEVICE void write(int token, int64_t n, int64_t value) const {
         const float exact = static_cast<float>(value - trellis_centre * static_cast<int64_t>(args_.x_sum[token]));
-        const float x = ptx::mul(exact, args_.x_scale[token] * (Planes ? 1.0f / 256 : 1.0f));
+        const float x = ptx::mul(exact, args_.x_scale[token] * (planes_ == 2 ? 1.0f / 256 : 1.0f));
         const float scale = ptx::f16_to_float(args_.weight.scale[n]) * trellis_unit;
         const int64_t to = token * args_.y_stride + n;
         if (args_.dtype == Dtype::f32)
@@ -268,6 +274,7 @@ class GemvI8 {
     int across_;    // superblocks in a row
     int64_t total_; // and in all
     int lane_, warp_, stage_bytes_;
+    int planes_; // 1 or 2
     uint8_t* ring_;
     int32_t* sums_; // [2][warp][vector][row]
     unsigned* last_;
@@ -278,13 +285,16 @@ class GemvI8 {
     int next_column_ = 0, step_;
 };
 
-template <int TileWords, int Tokens, bool Planes>
-BP_GLOBAL void BP_LAUNCH_BOUNDS(gemv_threads, 2) gemv_i8_kernel(const GemvI8Args args) {
+template <int TileWords, int Vectors>
+BP_GLOBAL void BP_LAUNCH_BOUNDS(gemv_threads, Vectors == 1 ? 3 : 2) gemv_i8_kernel(const GemvI8Args args) {
     BP_DYNAMIC_SHARED(shared);
-    GemvI8<TileWords, Tokens, Planes>(args, shared).run();
+    GemvI8<TileWords, Vectors>(args, shared).run();
 }
 
 // 0 or a cudaError_t. std::invalid_argument where the sizes do not fit together.
 int gemv_i8(const GemvI8Args& args, void* stream);
+
+// How many blocks of the kernel the device holds at once. 0 or a cudaError_t.
+int gemv_i8_resident_blocks(int row_bits, int tokens, bool planes, int* blocks);
 
 } // namespace bitpalette

@@ -96,7 +96,7 @@ class InputTransformer {
                 first_pass<4>(shift, log2);
             }
             while (shift > 0) {
-                ptx::sync_threads();
+                BP_MUTATE(transform_missing_barrier, , ptx::sync_threads());
                 shift -= 4;
                 top_ = 0;
                 pass<4>(shift, [&](int i) { return get(i); });
@@ -216,7 +216,7 @@ class InputTransformer {
                     }
                 }
             if (parts > 1)
-                ptx::sync_threads();
+                BP_MUTATE(transform_in_place, , ptx::sync_threads());
             if (mine) {
                 BP_UNROLL
                 for (int r = 0; r < Rows; ++r)
