@@ -9,8 +9,8 @@
 //     2 bits       word [n16][lane][k16 / 2]   slot s at bit 4 s + 2 (k16 % 2)
 //     3 bits       the low two bits as above, then word [n16][lane]: bit 4 s + k16 is the high one
 //     8 bits       word [n16][lane][k16][row / 8], bytes c0, c2, c1, c3
-//     lut4         word [n16][lane][k16]: bytes (g; c0, c1), (g + 8; c0, c1), (g; c2, c3), (g + 8; c2, c3), the
-//                  pair's first column in the low half
+//     lut          as 2, 3 and 4 bits with the slots in pairs of columns: (g, c0), (g, c1), (g + 8, c0), (g + 8, c1),
+//                  (g, c2), (g, c3), (g + 8, c2), (g + 8, c3)
 //     trellis      [n16][k16], each tile (m + 1) / 2 words: its 2 m canonical bytes, for odd m the first two once more
 //
 // These functions are the layouts' plain definition, for kernels that have the time (`dequantize`, `embedding`) and as
@@ -85,19 +85,22 @@ struct Place {
     BP_DEVICE int slot() const { // columns 0, 2, 1, 3, each with both rows
         return row / 8 + 2 * (column % 4 / 2) + 4 * (column % 2);
     }
+    BP_DEVICE int pair_slot() const { // of lut: pairs of columns, each with both rows
+        return column % 2 + 2 * (row / 8) + 4 * (column % 4 / 2);
+    }
 };
 
 BP_DEVICE Place place_in_superblock(int n, int k) {
     return {n % superblock / tile_side, k % superblock / tile_side, n % tile_side, k % tile_side};
 }
 
-BP_DEVICE uint32_t code2(const uint32_t* words, const Place& p) {
-    return words[(p.n16 * 32 + p.lane()) * 2 + p.k16 / 2] >> (4 * p.slot() + p.k16 % 2 * 2) & 3;
+BP_DEVICE uint32_t code2(const uint32_t* words, const Place& p, int slot) {
+    return words[(p.n16 * 32 + p.lane()) * 2 + p.k16 / 2] >> (4 * slot + p.k16 % 2 * 2) & 3;
 }
 
-BP_DEVICE uint32_t code3(const uint32_t* words, const Place& p) {
-    const uint32_t high = words[256 + p.n16 * 32 + p.lane()] >> (4 * p.slot() + p.k16) & 1;
-    return code2(words, p) | high << 2;
+BP_DEVICE uint32_t code3(const uint32_t* words, const Place& p, int slot) {
+    const uint32_t high = words[256 + p.n16 * 32 + p.lane()] >> (4 * slot + p.k16) & 1;
+    return code2(words, p, slot) | high << 2;
 }
 
 BP_DEVICE uint32_t code4(const uint32_t* words, const Place& p) {
@@ -105,8 +108,7 @@ BP_DEVICE uint32_t code4(const uint32_t* words, const Place& p) {
 }
 
 BP_DEVICE uint32_t code_pairs4(const uint32_t* words, const Place& p) {
-    const int byte = p.row / 8 + 2 * (p.column % 4 / 2);
-    return words[(p.n16 * 32 + p.lane()) * 4 + p.k16] >> (8 * byte + 4 * (p.column % 2)) & 15;
+    return words[(p.n16 * 32 + p.lane()) * 4 + p.k16] >> (4 * p.pair_slot()) & 15;
 }
 
 BP_DEVICE uint32_t code8(const uint32_t* words, const Place& p) {
@@ -166,16 +168,16 @@ BP_DEVICE float weight_at(const Container& w, const uint32_t* words, const Place
     else if constexpr (F == Format::progressive)
         return static_cast<float>(static_cast<int>(code4(words, p)) * a.step - a.zero) * a.scale;
     else if constexpr (F == Format::lut2)
-        return ptx::f16_to_float(w.table[code2(words, p)]) * a.scale;
+        return ptx::f16_to_float(w.table[code2(words, p, p.pair_slot())]) * a.scale;
     else if constexpr (F == Format::lut3)
-        return ptx::f16_to_float(w.table[code3(words, p)]) * a.scale;
+        return ptx::f16_to_float(w.table[code3(words, p, p.pair_slot())]) * a.scale;
     else if constexpr (F == Format::lut4)
         return ptx::f16_to_float(w.table[code_pairs4(words, p)]) * a.scale;
     else if constexpr (F == Format::e4m3)
         return e4m3_to_float(code8(words, p)) * a.scale;
     else {
-        const uint32_t code = F == Format::int2   ? code2(words, p)
-                              : F == Format::int3 ? code3(words, p)
+        const uint32_t code = F == Format::int2   ? code2(words, p, p.slot())
+                              : F == Format::int3 ? code3(words, p, p.slot())
                               : F == Format::int4 ? code4(words, p)
                                                   : code8(words, p);
         return static_cast<float>(static_cast<int>(code) - a.zero) * a.scale;

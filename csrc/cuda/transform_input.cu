@@ -46,7 +46,10 @@ int block_threads(int n, int odd, bool rotate) {
 } // namespace
 
 int transform_input(const TransformInputArgs& args, void* stream) {
-    const int log2 = args.n < 1 ? 0 : __builtin_ctz(static_cast<unsigned>(args.n));
+    int log2 = 0;
+    while (args.n > 0 && args.n >> log2 << log2 == args.n)
+        ++log2;
+    log2 = log2 > 0 ? log2 - 1 : 0; // the largest power of two that divides n
     const int odd = args.n >> log2;
     check(args, odd);
     if (args.tokens == 0)
