@@ -271,7 +271,7 @@ BP_DEVICE float f16_to_float(uint16_t a) {
 BP_DEVICE float bf16_to_float(uint16_t a) {
     return uint_as_float(static_cast<uint32_t>(a) << 16);
 }
-// By the conversion of a pair: that of a single value is F2F, at a quarter of its rate.
+// By the conversion of a pair, F2FP: that of a single value is F2F, which goes through the slow conversion unit.
 BP_DEVICE uint16_t float_to_f16(float a) {
     return static_cast<uint16_t>(pack_f16x2(a, 0.f));
 }
