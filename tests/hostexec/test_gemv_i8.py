@@ -170,6 +170,16 @@ def test_sums_beyond_32_bits(hostexec: Any, library: Any) -> None:
     assert torch.equal(call.run(1), call.want())
 
 
+@pytest.mark.parametrize("rate", [1, 2, 2.4375, 3, 4])  # beyond, the word around the end meets another one's bank
+def test_shared_memory_without_bank_conflicts(hostexec: Any, library: Any, rate: float) -> None:
+    call = Call(
+        hostexec, library, random_weight(rate, 16, (64, 128)), integers(1, 128, True), True, torch.float32, True
+    )
+    call.run(1, hostexec.Options(conflicts=True))
+    counted = library.conflicts()
+    assert counted and all(extra == 0 for _, extra in counted.values()), counted
+
+
 def test_a_scale_of_nan_reaches_every_output(hostexec: Any, library: Any) -> None:
     call = Call(hostexec, library, random_weight(2, 16, (70, 64)), integers(2, 64, False), False, torch.float16, True)
     call.inputs[8] = hostexec.guarded(torch.tensor([1.0, torch.nan]))
