@@ -243,7 +243,7 @@ class GemvI8 {
             return false;
         ptx::fence();
         if (ptx::thread() == 0)
-            *counter = BP_MUTATE(gemv_counter_left, 1, 0);
+            ptx::st_release(counter, BP_MUTATE(gemv_counter_left, 1, 0));
         value = 0;
         if (token < tokens())
             for (int64_t b = first; b < first + count; ++b) // all but the first begin in this row
