@@ -79,20 +79,25 @@ class CudaWeight:
         plan = self.plans.get((most, dtype, int8))
         if plan is None:
             plan = self.native.plan(most, DTYPES[dtype], int8, self.batch_invariant)
-            if plan.part_words > PART_WORDS or plan.counters > COUNTERS:
-                raise KernelError(
-                    f"a GEMM of {most} tokens by {list(self.shape)} wants {plan.part_words} words and {plan.counters} "
-                    f"counters of workspace, there are {PART_WORDS} and {COUNTERS}: set BITPALETTE_KERNEL=reference"
-                )
+            self._check(plan.part_words, plan.counters, f"GEMM of {most} tokens")
             self.plans[most, dtype, int8] = plan
         return plan
 
-    def gemv_plan(self, tokens: int, planes: bool) -> tuple[int, int]:
-        """(blocks, bytes of workspace) of the GEMV."""
+    def gemv_blocks(self, tokens: int, planes: bool) -> int:
+        """Of the GEMV. KernelError where its workspace is larger than a stream's."""
         found = self.plans.get((tokens, planes))
         if found is None:
-            found = self.plans[tokens, planes] = self.native.plan_gemv(tokens, planes)
-        return found
+            found, sums, counters = self.native.plan_gemv(tokens, planes)
+            self._check(2 * sums, counters, f"GEMV of {tokens} tokens")
+            self.plans[tokens, planes] = found
+        return int(found)
+
+    def _check(self, words: int, counters: int, what: str) -> None:
+        if words > PART_WORDS or counters > COUNTERS:
+            raise KernelError(
+                f"a {what} by {list(self.shape)} wants {words} words and {counters} counters of workspace, there are "
+                f"{PART_WORDS} and {COUNTERS}: set BITPALETTE_KERNEL=triton or reference"
+            )
 
     @property
     def int8_gemm(self) -> bool:
@@ -239,17 +244,13 @@ def _gemv(weight: CudaWeight, x: Int8Input, dtype: torch.dtype, bias: Tensor | N
     tokens, stride = x.codes.shape
     y = torch.empty(tokens, weight.shape[0], dtype=dtype, device=weight.device)
     stream = current_stream(weight.device)
-    blocks, size = weight.gemv_plan(tokens, x.low is not None)
-    counters = workspace(weight.device, stream).counters
-    if size > counters.nbytes:
-        raise KernelError(
-            f"a GEMV by {list(weight.shape)} wants {size} bytes of workspace, there are {counters.nbytes}"
-        )
+    space = workspace(weight.device, stream)
+    blocks = weight.gemv_blocks(tokens, x.low is not None)
     call = cuda_module().Call(
         x.codes.data_ptr(), _address(x.low), x.scale.data_ptr(), x.sum.data_ptr(), _address(bias), y.data_ptr(),
         stride, tokens, stride, DTYPES[dtype],
     )  # fmt: skip
-    weight.native.gemv(blocks, call, counters.data_ptr(), stream)
+    weight.native.gemv(blocks, call, space.parts.data_ptr(), space.counters.data_ptr(), stream)
     return y
 
 
@@ -282,7 +283,7 @@ class _on:
 
     def __exit__(self, *what: object) -> None:
         if self._guard is not None:
-            self._guard.__exit__(*what)  # type: ignore[arg-type]
+            self._guard.__exit__(*what)
 
 
 KERNEL = CudaTilesKernel()

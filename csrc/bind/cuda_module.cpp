@@ -70,26 +70,21 @@ class PackedWeight {
     void gemm(const GemmPlan& plan, bool int8, const Call& call, uintptr_t parts, uintptr_t counters,
               uintptr_t stream) const {
         const GemmWeight weight = {weight_, dtype_of(call.dtype), at<const void>(call.bias)};
-        const GemmTokens tokens = {at<const void>(call.x),
-                                   call.x_stride,
-                                   call.x_bytes,
-                                   at<const float>(call.x_scale),
-                                   at<const int32_t>(call.x_sum),
-                                   call.tokens,
-                                   at<void>(call.y),
-                                   weight_.n};
+        const GemmTokens tokens = {
+            at<const void>(call.x),        call.x_stride, call.x_bytes,     at<const float>(call.x_scale),
+            at<const int32_t>(call.x_sum), call.tokens,   at<void>(call.y), weight_.n};
         const auto run = int8 ? gemm_w4a8 : gemm_w4a16;
         require(run(weight, plan, tokens, at<void>(parts), at<void>(counters), at<void>(stream)), "a GEMM");
     }
 
-    // (blocks, bytes of workspace)
-    std::pair<int, int64_t> plan_gemv(int tokens, bool planes) const {
+    // (blocks, sums of 8 bytes, counters)
+    std::tuple<int, int64_t, int64_t> plan_gemv(int tokens, bool planes) const {
         int blocks = 0;
         require(gemv_i8_resident_blocks(weight_.row_bits, tokens, planes, &blocks), "planning a GEMV");
-        return {blocks, gemv_i8_workspace(weight_.n, tokens, blocks)};
+        return {blocks, gemv_i8_sums(tokens, blocks), gemv_i8_counters(weight_.n)};
     }
 
-    void gemv(int blocks, const Call& call, uintptr_t workspace, uintptr_t stream) const {
+    void gemv(int blocks, const Call& call, uintptr_t parts, uintptr_t counters, uintptr_t stream) const {
         GemvI8Args args = {};
         args.weight = weight_;
         args.x = at<const int8_t>(call.x);
@@ -102,7 +97,8 @@ class PackedWeight {
         args.tokens = call.tokens;
         args.dtype = dtype_of(call.dtype);
         args.blocks = blocks;
-        args.workspace = at<void>(workspace);
+        args.sums = at<int64_t>(parts);
+        args.counters = at<unsigned>(counters);
         require(gemv_i8(args, at<void>(stream)), "a GEMV");
     }
 
@@ -111,8 +107,8 @@ class PackedWeight {
     }
 
     void rows(uintptr_t index, int64_t count, uintptr_t out, int dtype, uintptr_t stream) const {
-        const EmbeddingArgs args = {weight_, at<const int64_t>(index), at<void>(out), count, weight_.k,
-                                    dtype_of(dtype)};
+        const EmbeddingArgs args = {weight_,   at<const int64_t>(index), at<void>(out), count,
+                                    weight_.k, dtype_of(dtype)};
         require(embedding(args, at<void>(stream)), "gathering rows");
     }
 
@@ -173,11 +169,10 @@ PYBIND11_MODULE(_cuda, m) {
         .def_readonly("shared_bytes", &GemmPlan::shared_bytes)
         .def_readonly("part_words", &GemmPlan::part_words)
         .def_readonly("counters", &GemmPlan::counters);
-    py::class_<Call>(m, "Call")
-        .def(py::init([](uintptr_t x, uintptr_t x_low, uintptr_t x_scale, uintptr_t x_sum, uintptr_t bias, uintptr_t y,
-                         int64_t x_stride, int tokens, int x_bytes, int dtype) {
-            return Call{x, x_low, x_scale, x_sum, bias, y, x_stride, tokens, x_bytes, dtype};
-        }));
+    py::class_<Call>(m, "Call").def(
+        py::init([](uintptr_t x, uintptr_t x_low, uintptr_t x_scale, uintptr_t x_sum, uintptr_t bias, uintptr_t y,
+                    int64_t x_stride, int tokens, int x_bytes,
+                    int dtype) { return Call{x, x_low, x_scale, x_sum, bias, y, x_stride, tokens, x_bytes, dtype}; }));
     py::class_<PackedWeight>(m, "PackedWeight")
         .def(py::init<int, int64_t, int64_t, int, int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                       uintptr_t>())
