@@ -1,0 +1,95 @@
+"""How a Triton product is launched: which launches are worth trying for a problem, and which one without trying."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tile_codes import padded
+from .triton_format import TileFormat
+
+MOST_PARTS = 16
+"""Of a row's columns: each costs a plane of float32 sums to write and to read again."""
+
+TOKEN_BLOCKS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """block_n rows of W by block_m tokens a program, block_k columns a step; parts: programs that share a row."""
+
+    block_n: int
+    block_m: int
+    block_k: int
+    parts: int
+    warps: int
+    stages: int
+
+    def grid(self, n: int, m: int) -> tuple[int, int, int]:
+        return -(-n // self.block_n), -(-m // self.block_m), self.parts
+
+
+INTERPRETED = Launch(block_n=64, block_m=16, block_k=128, parts=2, warps=4, stages=2)
+"""Small, and with every path of a kernel in it: several programs, steps and parts."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a launch is chosen for. operation: "w16" or "w8"; tokens: the upper end of the class, see `token_class`."""
+
+    operation: str
+    form: TileFormat
+    dtype: str
+    shape: tuple[int, int]
+    tokens: int
+
+    def key(self) -> str:
+        """Its name in the table of tuned launches."""
+        return f"{self.operation} {self.form} {self.dtype} {self.shape[0]}x{self.shape[1]} M<={self.tokens}"
+
+
+def token_class(tokens: int) -> int:
+    """Numbers of tokens with one launch: up to 16, 32, 64, ..., 4096 and all above."""
+    return min(4096, max(16, 1 << (tokens - 1).bit_length()))
+
+
+def least_step(problem: Problem) -> int:
+    """Columns of the shortest step: matrix instructions want 16 columns of words (decode.py), or 32 of int8."""
+    return 64 * 16 // problem.form.word_columns
+
+
+def default_launch(problem: Problem, processors: int) -> Launch:
+    """A launch without trying: enough programs for the GPU's `processors` (multiprocessors), else as few as that."""
+    block_m = _block_m(problem.tokens)
+    block_n = 64 if block_m > 64 or problem.shape[0] <= 64 * processors else 128
+    block_k = max(64, least_step(problem))
+    parts = _parts(problem, block_n, block_m, block_k, 2 * processors)
+    return Launch(block_n, block_m, block_k, parts, warps=4, stages=3)
+
+
+def candidates(problem: Problem, processors: int) -> list[Launch]:
+    """Launches to time, the default first: at most 13."""
+    found = [default_launch(problem, processors)]
+    block_m, step = _block_m(problem.tokens), least_step(problem)
+    blocks = ((128, 64), (128, 128)) if problem.tokens > 64 else ((64, block_m), (128, block_m))
+    for block_n, m in blocks:
+        for block_k in (step, 2 * step):
+            for programs in (processors, 4 * processors) if problem.tokens <= 256 else (processors,):
+                parts = _parts(problem, block_n, m, block_k, programs)
+                warps = 8 if m == 128 else 4
+                for stages in (2, 4) if problem.tokens > 64 else (4,):
+                    launch = Launch(block_n, m, block_k, parts, warps, stages)
+                    if launch not in found:
+                        found.append(launch)
+    return found[:13]
+
+
+def _block_m(tokens: int) -> int:
+    return next((block for block in TOKEN_BLOCKS[:3] if tokens <= block), 64)
+
+
+def _parts(problem: Problem, block_n: int, block_m: int, block_k: int, programs: int) -> int:
+    """The power of two that brings the grid nearest to `programs` from below, with two steps to a part or more."""
+    rows = -(-problem.shape[0] // block_n) * -(-problem.tokens // block_m)
+    steps = padded(problem.shape[1]) // block_k
+    most = min(MOST_PARTS, programs // rows, steps // 2)
+    return 1 << (max(1, most).bit_length() - 1)
