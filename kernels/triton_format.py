@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..quant.float import FloatScheme
 from ..quant.int import IntScheme
 from ..quant.lut import LutScheme
 from ..quant.scheme import Scheme
@@ -36,7 +37,7 @@ class TileFormat:
     @property
     def word_columns(self) -> int:
         """Columns of a superblock's matrix of words (triton_device/decode.py)."""
-        return 8 if self.layout in ("bits2", "bits3") else 16
+        return 8 if self.layout in ("bits2", "bits3", "pairs2", "pairs3") else 16
 
     @property
     def unit(self) -> float:
@@ -98,6 +99,8 @@ def tile_format(scheme: Scheme) -> TileFormat:
         return TileFormat("int", layout, scheme.group_size, 1 << (scheme.bits - 1) if scheme.symmetric else None)
     if layout is not None and isinstance(scheme, LutScheme):
         return TileFormat("table", layout, scheme.group_size)
+    if layout is not None and isinstance(scheme, FloatScheme):
+        return TileFormat("e4m3" if layout == "bits8" else "table", layout, scheme.group_size)
     raise TypeError(f"{scheme} has no tiles")
 
 
@@ -111,7 +114,7 @@ def tile_weight(scheme: Scheme, shape: tuple[int, int], tensors: dict[str, Tenso
         tensors["codes"],
         tensors["scale"],
         tensors.get("zero_point"),
-        pair_table(table) if table is not None and form.layout == "pairs4" else table,
+        None if table is None else pair_table(table),
         tensors.get("group_scale"),
         tensors.get("group_offset"),
     )
@@ -120,7 +123,7 @@ def tile_weight(scheme: Scheme, shape: tuple[int, int], tensors: dict[str, Tenso
 def pair_table(table: Tensor) -> Tensor:
     """float16 [16] -> int32 [256]: entry i is table[i & 15] in the low half, table[i >> 4] in the high one.
 
-    A byte of layout pairs4 is then one look-up for two weights.
+    A byte of the layouts pairs* is then one look-up for two weights.
     """
     bits = table.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
     return (bits[:, None] << 16 | bits[None, :]).flatten().contiguous()

@@ -10,7 +10,7 @@ from .triton_format import TileFormat
 MOST_PARTS = 16
 """Of a row's columns: each costs a plane of float32 sums to write and to read again."""
 
-TOKEN_BLOCKS = (16, 32, 64, 128)
+TOKEN_BLOCKS = (16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,26 @@ def least_step(problem: Problem) -> int:
 
 
 def default_launch(problem: Problem, processors: int) -> Launch:
-    """A launch without trying: enough programs for the GPU's `processors` (multiprocessors), else as few as that."""
-    block_m = _block_m(problem.tokens)
-    block_n = 64 if block_m > 64 or problem.shape[0] <= 64 * processors else 128
+    """A launch without trying: two programs or more to each of the GPU's `processors` (multiprocessors), where the rows
+    and columns are enough for that. None spills registers on sm_80 and sm_90 (bench/static_triton.py)."""
+    block_m = min(_block_m(problem.tokens), 64 if _few_registers(problem) else 32)
+    block_n = 128
     block_k = max(64, least_step(problem))
     parts = _parts(problem, block_n, block_m, block_k, 2 * processors)
-    return Launch(block_n, block_m, block_k, parts, warps=4, stages=3)
+    # a third stage would also prefetch what the first prefetch points to: entries of a table
+    return Launch(block_n, block_m, block_k, parts, warps=4, stages=2 if problem.form.kind == "table" else 3)
 
 
 def candidates(problem: Problem, processors: int) -> list[Launch]:
     """Launches to time, the default first: at most 13."""
     found = [default_launch(problem, processors)]
     block_m, step = _block_m(problem.tokens), least_step(problem)
-    blocks = ((128, 64), (128, 128)) if problem.tokens > 64 else ((64, block_m), (128, block_m))
+    blocks = ((128, 64), (256, 64), (256, 32)) if problem.tokens > 64 else ((64, block_m), (128, block_m))
     for block_n, m in blocks:
         for block_k in (step, 2 * step):
             for programs in (processors, 4 * processors) if problem.tokens <= 256 else (processors,):
                 parts = _parts(problem, block_n, m, block_k, programs)
-                warps = 8 if m == 128 else 4
+                warps = max(4, block_n // 32)  # a warp has 16 rows of each half; more would repeat each other's work
                 for stages in (2, 4) if problem.tokens > 64 else (4,):
                     launch = Launch(block_n, m, block_k, parts, warps, stages)
                     if launch not in found:
@@ -84,7 +86,12 @@ def candidates(problem: Problem, processors: int) -> list[Launch]:
 
 
 def _block_m(tokens: int) -> int:
-    return next((block for block in TOKEN_BLOCKS[:3] if tokens <= block), 64)
+    return next((block for block in TOKEN_BLOCKS if tokens <= block), TOKEN_BLOCKS[-1])
+
+
+def _few_registers(problem: Problem) -> bool:
+    """64 tokens' sums fit in registers beside the operands."""
+    return problem.operation == "w8" or (problem.form.layout == "bits4" and problem.form.group_size != 32)
 
 
 def _parts(problem: Problem, block_n: int, block_m: int, block_k: int, programs: int) -> int:

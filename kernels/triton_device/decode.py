@@ -40,7 +40,7 @@ def row(r, h):
 def load_words(codes, superblock, r, c, h, LAYOUT: tl.constexpr, ROW_BITS: tl.constexpr):
     """(words, more) of rows r [R, 1] and columns c [1, C] of the superblocks `superblock` [R, C].
 
-    bits8: uint32 of row half h. bits3: `more` is the word of the high plane, shifted so that q is its lowest bit's.
+    bits8: the word of row half h. bits3, pairs3: `more` is that of the high plane, moved so that its bit q is tile q's.
     trellis: the 32 bits from the first of the four windows on. Elsewhere h is of no account and `more` is `words`.
     """
     if LAYOUT == "bits4" or LAYOUT == "pairs4":
@@ -49,14 +49,14 @@ def load_words(codes, superblock, r, c, h, LAYOUT: tl.constexpr, ROW_BITS: tl.co
     elif LAYOUT == "bits8":
         words = tl.load(codes + superblock * 1024 + r * 32 + c * 2 + h)
         more = words
-    elif LAYOUT == "bits2":
+    elif LAYOUT == "bits2" or LAYOUT == "pairs2":
         words = tl.load(codes + superblock * 256 + r * 8 + c)
         more = words
-    elif LAYOUT == "bits3":
+    elif LAYOUT == "bits3" or LAYOUT == "pairs3":
         words = tl.load(codes + superblock * 384 + r * 8 + c)
         more = tl.load(codes + superblock * 384 + 256 + r * 4 + c // 2) >> (c % 2 * 2)
     else:
-        tl.static_assert(LAYOUT == "trellis", "LAYOUT is bits2, bits3, bits4, pairs4, bits8 or trellis")
+        tl.static_assert(LAYOUT == "trellis", "LAYOUT is one of tile_codes.Layout, or trellis")
         TILE_WORDS: tl.constexpr = (ROW_BITS + 1) // 2
         tile = codes + superblock * (16 * TILE_WORDS) + (r // 8 * 4 + c % 4) * TILE_WORDS
         start = (r % 8 + 8 * h) * ROW_BITS + c // 4 * ROW_BITS // 4
@@ -71,7 +71,7 @@ def load_words(codes, superblock, r, c, h, LAYOUT: tl.constexpr, ROW_BITS: tl.co
 
 @triton.jit
 def code_pair(words, more, h, q, i, LAYOUT: tl.constexpr):
-    """Codes of j = 2 i (low half) and 2 i + 1 (high half) of each word, int32. Not for pairs4 and trellis."""
+    """Codes of j = 2 i (low half) and 2 i + 1 (high half) of each word, int32, of layouts bits*."""
     if LAYOUT == "bits4":
         pair = (words >> (4 * (h + 2 * i))) & 0x000F000F
     elif LAYOUT == "bits8":
@@ -84,6 +84,18 @@ def code_pair(words, more, h, q, i, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def code_byte(words, more, h, q, i, LAYOUT: tl.constexpr):
+    """Codes of j = 2 i (low nibble) and 2 i + 1 (high nibble) of each word, int32, of layouts pairs*."""
+    if LAYOUT == "pairs4":
+        byte = (words >> (8 * (h + 2 * i))) & 0xFF
+    else:
+        byte = (words >> (8 * (h + 2 * i) + 2 * q)) & 0x33
+        if LAYOUT == "pairs3":
+            byte |= ((more >> (8 * (h + 2 * i) + q)) & 0x11) << 2
+    return byte
+
+
+@triton.jit
 def halves(pair):
     """The low and the high 16 bits of int32 words, as float16."""
     low = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
@@ -92,16 +104,22 @@ def halves(pair):
 
 
 @triton.jit
-def trellis_level(window, WINDOW: tl.constexpr):
-    """The level of a window's low bits, float16, exact: -510..510 (quant/trellis.py).
-
-    Bytes are added by two masked additions and a multiplication: Triton's own language has no dp4a.
-    """
+def half_sums(window, WINDOW: tl.constexpr):
+    """uint32: the bytes of a window's product (quant/trellis.py), 0 + 1 in the low half and 2 + 3 in the high one."""
     STATES: tl.constexpr = (1 << WINDOW) - 1
     product = (window & STATES).to(tl.uint32, bitcast=True) * 0x83DCD12D
-    pairs = (product & 0x00FF00FF) + ((product >> 8) & 0x00FF00FF)
-    total = (pairs * 0x00010001) >> 16  # at most 1020: what 1024 | total in float16 can hold
-    return (total | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True) - 1534.0
+    return (product & 0x00FF00FF) + ((product >> 8) & 0x00FF00FF)
+
+
+@triton.jit
+def trellis_levels(first, second, WINDOW: tl.constexpr):
+    """The levels of two windows' low bits, float16, exact: -510..510. Triton's own language has no dp4a."""
+    a = half_sums(first, WINDOW)
+    b = half_sums(second, WINDOW)
+    # both levels' last additions in one, each in its half: at most 1020, what 1024 | total in float16 can hold
+    total = ((a & 0xFFFF) | (b << 16)) + ((a >> 16) | (b & 0xFFFF0000))
+    low, high = halves((total | 0x64006400).to(tl.int32, bitcast=True))
+    return low - 1534.0, high - 1534.0
 
 
 @triton.jit
@@ -111,24 +129,22 @@ def value_pair(
 ):  # fmt: skip
     """Values before the scale of j = 2 i and 2 i + 1, float16, exact.
 
-    offset: 1024 + zero point, float16, of `int` alone. table: float16 [entries], of pairs4 int32 [256] (two float16).
+    offset: 1024 + zero point, float16, of `int` alone. table: int32 [256], two float16 each (triton_format.pair_table).
     """
     if KIND == "trellis":
         # the windows of a lane's four columns lie in 32 bits: floor((4 t + j) m / 16) - floor(4 t m / 16) is at most 15
         first = c // 4 * ROW_BITS // 4
-        low = trellis_level(words >> ((c // 4 * 4 + 2 * i) * ROW_BITS // 16 - first), WINDOW)
-        high = trellis_level(words >> ((c // 4 * 4 + 2 * i + 1) * ROW_BITS // 16 - first), WINDOW)
-    elif LAYOUT == "pairs4":
-        low, high = halves(tl.load(table + ((words >> (8 * (h + 2 * i))) & 0xFF)))
+        even = words >> ((c // 4 * 4 + 2 * i) * ROW_BITS // 16 - first)
+        odd = words >> ((c // 4 * 4 + 2 * i + 1) * ROW_BITS // 16 - first)
+        low, high = trellis_levels(even, odd, WINDOW)
+    elif KIND == "table":
+        low, high = halves(tl.load(table + code_byte(words, more, h, q, i, LAYOUT)))
     else:
         pair = code_pair(words, more, h, q, i, LAYOUT)
         if KIND == "int":
             low, high = halves(pair | 0x64006400)  # 1024 + code, exact in float16
             low -= offset
             high -= offset
-        elif KIND == "table":
-            low = tl.load(table + (pair & 0xFFFF))
-            high = tl.load(table + (pair >> 16))
         else:
             tl.static_assert(KIND == "e4m3", "KIND is int, table, e4m3 or trellis")
             # exponent and mantissa moved to those of float16, whose bias is 8 larger; subnormals come out right

@@ -36,6 +36,15 @@ def scaled(value, scale, IN_WEIGHT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def offset_of(zero_point, at, HAS_ZERO: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr):
+    """1024 + zero point, float16: what `value_pair` takes from a code."""
+    if HAS_ZERO:
+        return tl.load(zero_point + at).to(tl.float16) + 1024.0
+    else:
+        return tl.full((1, 1), 1024 + SYMMETRIC_ZERO, dtype=tl.float16)
+
+
+@triton.jit
 def half_rows(
     sum, words, more, x0, x1, x2, x3, offset, scale, table, c, h: tl.constexpr, q: tl.constexpr, KIND: tl.constexpr,
     LAYOUT: tl.constexpr, ROW_BITS: tl.constexpr, WINDOW: tl.constexpr, IN_WEIGHT: tl.constexpr, DTYPE: tl.constexpr,
@@ -99,13 +108,9 @@ def linear_kernel(
 
     sum0 = tl.zeros((ROWS, BLOCK_M), dtype=tl.float32)
     sum1 = tl.zeros((ROWS, BLOCK_M), dtype=tl.float32)
-    offset0 = tl.full((ROWS, 1), 1024 + SYMMETRIC_ZERO, dtype=tl.float16)
-    offset1 = offset0
-    scale0 = offset0
-    scale1 = offset0
-    if HAS_ZERO and GROUP == 0:
-        offset0 = tl.load(zero_point + s0)[:, None].to(tl.float16) + 1024.0
-        offset1 = tl.load(zero_point + s1)[:, None].to(tl.float16) + 1024.0
+    one = tl.full((1, 1), 1, dtype=tl.float16)
+    row_offset0 = offset_of(zero_point, s0[:, None], HAS_ZERO and GROUP == 0, SYMMETRIC_ZERO)
+    row_offset1 = offset_of(zero_point, s1[:, None], HAS_ZERO and GROUP == 0, SYMMETRIC_ZERO)
 
     for step in tl.range(first, last, num_stages=STAGES):
         k_block = tl.minimum(step * (BLOCK_K // 64) + c // WORD_COLUMNS, superblocks - 1)
@@ -116,13 +121,14 @@ def linear_kernel(
             words1, more1 = load_words(codes, superblock, (r % 32)[:, None], inside, 1, LAYOUT, ROW_BITS)
         else:
             words1, more1 = words0, more0
+        offset0 = row_offset0
+        offset1 = row_offset1
+        weight_scale0 = one
+        weight_scale1 = one
         if SCALE_AT == "step":
-            group = step * BLOCK_K // GROUP
-            scale0 = tl.load(scale + group * width + s0)[:, None]
-            scale1 = tl.load(scale + group * width + s1)[:, None]
-            if HAS_ZERO:
-                offset0 = tl.load(zero_point + group * width + s0)[:, None].to(tl.float16) + 1024.0
-                offset1 = tl.load(zero_point + group * width + s1)[:, None].to(tl.float16) + 1024.0
+            group = step * BLOCK_K // GROUP * width
+            offset0 = offset_of(zero_point, group + s0[:, None], HAS_ZERO, SYMMETRIC_ZERO)
+            offset1 = offset_of(zero_point, group + s1[:, None], HAS_ZERO, SYMMETRIC_ZERO)
             total0 = tl.zeros((ROWS, BLOCK_M), dtype=tl.float32)
             total1 = tl.zeros((ROWS, BLOCK_M), dtype=tl.float32)
         else:
@@ -133,23 +139,23 @@ def linear_kernel(
             if IN_WEIGHT:
                 # the same group for all four columns: groups are of 32 or more
                 group = (tl.minimum(step * BLOCK_K + at, superblocks * 64 - 1) // GROUP)[None, :] * width
-                scale0 = tl.load(scale + group + s0[:, None])
-                scale1 = tl.load(scale + group + s1[:, None])
-                if HAS_ZERO:
-                    offset0 = tl.load(zero_point + group + s0[:, None]).to(tl.float16) + 1024.0
-                    offset1 = tl.load(zero_point + group + s1[:, None]).to(tl.float16) + 1024.0
+                weight_scale0 = tl.load(scale + group + s0[:, None])
+                weight_scale1 = tl.load(scale + group + s1[:, None])
+                offset0 = offset_of(zero_point, group + s0[:, None], HAS_ZERO, SYMMETRIC_ZERO)
+                offset1 = offset_of(zero_point, group + s1[:, None], HAS_ZERO, SYMMETRIC_ZERO)
             x0, x1, x2, x3 = columns_of_x(x, m, step * BLOCK_K + at, K, M)
             total0 = half_rows(
-                total0, words0, more0, x0, x1, x2, x3, offset0, scale0, table, inside, 0, q, KIND, LAYOUT, ROW_BITS,
-                WINDOW, IN_WEIGHT, DTYPE,
+                total0, words0, more0, x0, x1, x2, x3, offset0, weight_scale0, table, inside, 0, q, KIND, LAYOUT,
+                ROW_BITS, WINDOW, IN_WEIGHT, DTYPE,
             )  # fmt: skip
             total1 = half_rows(
-                total1, words1, more1, x0, x1, x2, x3, offset1, scale1, table, inside, 1, q, KIND, LAYOUT, ROW_BITS,
-                WINDOW, IN_WEIGHT, DTYPE,
+                total1, words1, more1, x0, x1, x2, x3, offset1, weight_scale1, table, inside, 1, q, KIND, LAYOUT,
+                ROW_BITS, WINDOW, IN_WEIGHT, DTYPE,
             )  # fmt: skip
         if SCALE_AT == "step":
-            sum0 += total0 * scale0.to(tl.float32)
-            sum1 += total1 * scale1.to(tl.float32)
+            at = scale + step * BLOCK_K // GROUP * width
+            sum0 += total0 * tl.load(at + s0).to(tl.float32)[:, None]
+            sum1 += total1 * tl.load(at + s1).to(tl.float32)[:, None]
         else:
             sum0 = total0
             sum1 = total1

@@ -1,4 +1,4 @@
-"""Runs the files of triton_cases/, each in a process of its own: by Triton's interpreter, and on a GPU where one is.
+"""Runs the files of triton_device/, each in a process of its own: by Triton's interpreter, and on a GPU where one is.
 
 Triton decides when it is imported whether it interprets, for the whole process, and torch imports it when it likes. An
 interpreted kernel that reads outside its tensors ends its process, which is here one failed test.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).parent / "triton_cases"
+CASES = Path(__file__).parent / "triton_device"
 FILES = sorted(path.name for path in CASES.glob("*_cases.py"))
 ROOT = CASES.parents[2]
 

@@ -47,7 +47,10 @@ def random_fields(scheme: Scheme, shape: tuple[int, int], powers: bool) -> dict[
         if name == "codes" and scheme.codec != "trellis":
             bits: int = scheme.bits  # type: ignore[attr-defined]
             top: int = getattr(scheme, "entries", 1 << bits)
-            fields[name] = pack_bits(torch.randint(0, top, shape, dtype=torch.uint8), bits).flatten()
+            codes = torch.randint(0, top, shape, dtype=torch.uint8)
+            if getattr(scheme, "element", "") == "e4m3":
+                codes[codes & 0x7F == 0x7F] = 0x35  # NaN, which no weight is
+            fields[name] = pack_bits(codes, bits).flatten()
         elif name == "zero_point":
             groups = field_specs(scheme, shape)["scale"][0][1]
             bits = scheme.bits  # type: ignore[attr-defined]

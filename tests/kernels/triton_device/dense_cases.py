@@ -18,6 +18,7 @@ FORMATS: list[dict[str, Any]] = [
     *({"codec": "int", "bits": b, "group_size": 32, "symmetric": False} for b in (2, 3, 4, 8)),
     *({"codec": "lut", "entries": e, "table": "kmeans", "group_size": 64} for e in (4, 7, 8, 9, 16)),
     {"codec": "lut", "entries": 16, "table": "kmeans", "scaled": False},
+    *({"codec": "float", "element": e, "group_size": 64} for e in ("e2m1", "e4m3")),
     *({"codec": "trellis", "rate": m / 16, "window": w} for m, w in [(16, 16), (33, 14), (80, 12)]),
 ]
 
@@ -36,7 +37,7 @@ def test_every_rate_of_the_trellis(weight: Make, device: torch.device) -> None:
         assert torch.equal(dequantize(packed, torch.float32), w.float()), row_bits
 
 
-@pytest.mark.parametrize("scheme", [FORMATS[2], FORMATS[5], FORMATS[8], FORMATS[15]], ids=str)
+@pytest.mark.parametrize("scheme", [FORMATS[2], FORMATS[5], FORMATS[8], FORMATS[17]], ids=str)
 def test_rows(scheme: dict[str, Any], weight: Make, device: torch.device) -> None:
     packed, w = weight(scheme, (130, 70))
     index = torch.tensor([129, 0, 64, 64, 63, 8, 7], device=device)
