@@ -65,7 +65,8 @@ def default_launch(problem: Problem, processors: int) -> Launch:
     block_k = max(64, least_step(problem))
     parts = _parts(problem, block_n, block_m, block_k, 2 * processors)
     # a third stage would also prefetch what the first prefetch points to: entries of a table
-    return Launch(block_n, block_m, block_k, parts, warps=4, stages=2 if problem.form.kind == "table" else 3)
+    stages = 2 if problem.form.kind in ("table", "trellis") else 3
+    return Launch(block_n, block_m, block_k, parts, warps=4, stages=stages)
 
 
 def candidates(problem: Problem, processors: int) -> list[Launch]:
@@ -91,7 +92,9 @@ def _block_m(tokens: int) -> int:
 
 def _few_registers(problem: Problem) -> bool:
     """64 tokens' sums fit in registers beside the operands."""
-    return problem.operation == "w8" or (problem.form.layout == "bits4" and problem.form.group_size != 32)
+    form = problem.form
+    symmetric_or_row = form.zero is not None or form.group_size == 0
+    return problem.operation == "w8" or (form.layout == "bits4" and form.group_size != 32 and symmetric_or_row)
 
 
 def _parts(problem: Problem, block_n: int, block_m: int, block_k: int, programs: int) -> int:

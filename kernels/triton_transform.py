@@ -20,8 +20,9 @@ from ..quant.rotate import sign_vector
 from .triton_runtime import check_input, on_device
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-BLOCK = 64
-"""Rows, columns and summands of a small product, at most; what tf32x3 keeps in registers allows no more."""
+BLOCK, BLOCK_K = 64, 16
+"""Rows or columns, and summands, of a small product, at most: tf32x3 splits its operands in registers, and with more
+they spill (bench/static_triton.py)."""
 _MULTIPLY_BLOCK = 1024
 _TRANSFORMS = ("rotate", "scale", "order")
 
@@ -126,7 +127,7 @@ def _rotate(x: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
         HAS_FACTORS=step.values is not None,
         BLOCK=block,
         LINE_BLOCK=line_block,
-        BLOCK_K=rotation_block(b),
+        BLOCK_K=BLOCK_K,
         enable_fp_fusion=True,
         num_warps=4,
     )
@@ -141,7 +142,7 @@ def _rotate(x: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
         b,
         BLOCK_A=rotation_block(a),
         BLOCK_B=block,
-        BLOCK_K=rotation_block(a),
+        BLOCK_K=BLOCK_K,
         enable_fp_fusion=True,
         num_warps=4,
     )
