@@ -9,6 +9,7 @@ for it; `exact`, two int8 a value, for a trellis and at most two tokens.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..quant.scheme import Scheme
 from ..quant.tensor import QuantizedTensor
 from ..quant.trellis import TrellisScheme
 from .base import KernelError, Packed
-from .cuda_transform import CudaTransform, Int8Input
+from .cuda_transform import CudaTransform, Int8Input, why_not_transform
 from .native_cuda import COUNTERS, PART_WORDS, current_stream, keep_spare_workspace, why_not_device, workspace
 from .tiles import pack_tiles, unpack_tiles, why_not_tiles
 
@@ -146,6 +147,14 @@ class CudaTilesKernel:
             if bias is not None and bias.dtype != x.dtype:
                 bias = bias.to(x.dtype)
             return _product(weight, x, bias, transform)
+
+    def why_not_transform(self, names: tuple[str, ...], in_features: int) -> str | None:
+        return why_not_transform(names, in_features)
+
+    def make_transform(self, names: tuple[str, ...], fields: Mapping[str, Tensor], in_features: int) -> CudaTransform:
+        device = next(iter(fields.values())).device
+        with _on(device):
+            return CudaTransform(names, fields, in_features, device)
 
     def rows(self, packed: Packed, index: Tensor) -> Tensor:
         """float32 [n, in]; an index outside the weight is an error as in torch."""

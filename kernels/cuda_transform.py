@@ -1,4 +1,4 @@
-"""The transforms of a layer's input on a GPU, by csrc/cuda/transform_input.cuh, and the int8 forms of what they give."""
+"""The transforms of a layer's input on a GPU, by csrc/cuda/transform_input.cuh, and int8 forms of the result."""
 
 from __future__ import annotations
 
