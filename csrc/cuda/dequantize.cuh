@@ -41,14 +41,15 @@ BP_GLOBAL void BP_LAUNCH_BOUNDS(dequantize_threads, 4) dequantize_kernel(const D
         BP_UNROLL
         for (int k16 = 0; k16 < 4; ++k16) {
             const int k = k16 * tile_side + lane % 4 * 4;
-            if (k16 == 2 && w.group_size == 32 && columns > 32)
+            if (k16 == BP_MUTATE(dequantize_late_group, 3, 2) && w.group_size == 32 && columns > 32)
                 a = parameters_at<F>(w, n + 8 * half, group + 1);
             if (k < columns) {
                 float values[4];
                 BP_UNROLL
                 for (int j = 0; j < 4; ++j)
                     values[j] = weight_at<F>(w, words, {n16, k16, lane, half, j}, a);
-                store_up_to_four<D>(args.out, to + k, values, columns - k, aligned);
+                store_up_to_four<D>(args.out, to + k, values, BP_MUTATE(dequantize_unguarded_edge, 4, columns - k),
+                                    aligned);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -201,4 +202,6 @@ def test_a_wrong_call_is_refused_with_its_numbers(hostexec: Any, library: Any) -
     assert "3 tokens of 64 columns" in refusal(None, 70, 3, 0, 4, None)
     assert "tokens of 131073 columns" in refusal(None, 70, 1, 0, 4, None, k=131073)
     assert "0 blocks" in refusal(None, 70, 1, 0, 0, None)
+    shifted = ctypes.c_void_p(hostexec.guarded(torch.zeros(64)).pointer + 8)
+    assert "not aligned to 16 bytes" in refusal(None, 70, 1, 0, 1, shifted)
     assert "69 elements apart" in refusal(None, 69, 1, 0, 1, hostexec.guarded(torch.zeros(64)))
