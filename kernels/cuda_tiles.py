@@ -19,13 +19,21 @@ from torch import Tensor
 from ..quant.float import FloatScheme
 from ..quant.int import IntScheme
 from ..quant.lut import LutScheme
-from ..quant.native import DTYPES, cuda_module
+from ..quant.native import DTYPES
 from ..quant.scheme import Scheme
 from ..quant.tensor import QuantizedTensor
 from ..quant.trellis import TrellisScheme
 from .base import KernelError, Packed
 from .cuda_transform import CudaTransform, Int8Input, why_not_transform
-from .native_cuda import COUNTERS, PART_WORDS, current_stream, keep_spare_workspace, why_not_device, workspace
+from .native_cuda import (
+    COUNTERS,
+    PART_WORDS,
+    cuda_module,
+    current_stream,
+    keep_spare_workspace,
+    why_not_device,
+    workspace,
+)
 from .tiles import pack_tiles, unpack_tiles, why_not_tiles
 
 ACTIVATIONS_VARIABLE = "BITPALETTE_CUDA_ACTIVATIONS"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..quant.hartley import hartley_hadamard, odd_part
-from ..quant.native import DTYPES, cuda_module
+from ..quant.native import DTYPES
 from ..quant.order import unpack_order
-from .native_cuda import current_stream, shared_limit
+from .native_cuda import cuda_module, current_stream, shared_limit
 from .tile_codes import padded
 
 MOST_ODD = 1024

@@ -8,12 +8,21 @@ the first weight came to the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..quant.native import cuda_module, why_no_cuda_module
+from ..quant.native import NativeError
 from .base import KernelError
+
+_cuda: ModuleType | None
+try:
+    from .. import _cuda  # type: ignore[attr-defined, no-redef]
+
+    import_error = ""
+except ImportError as error:  # built without nvcc, or for another Python: Triton or torch runs, and says why
+    _cuda, import_error = None, str(error)
 
 LEAST_CAPABILITY = (8, 0)
 PART_WORDS = 2 * 2 * 160 * 256 * 64
@@ -32,6 +41,20 @@ class Workspace:
 
 _of_stream: dict[tuple[torch.device, int], Workspace] = {}
 _spare: dict[torch.device, list[Workspace]] = {}
+
+
+def why_no_cuda_module() -> str | None:
+    """None where bitpalette._cuda is there, else why not, and what to do."""
+    if _cuda is None:
+        return f"the CUDA module is not built ({import_error}); `BITPALETTE_CUDA=1 pip install .` builds it with nvcc"
+    return None
+
+
+def cuda_module() -> ModuleType:
+    """bitpalette._cuda. NativeError where it was not built."""
+    if _cuda is None:
+        raise NativeError(str(why_no_cuda_module()))
+    return _cuda
 
 
 def why_not_device(device: torch.device) -> str | None:

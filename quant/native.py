@@ -1,6 +1,6 @@
-"""The native modules, where they were built, and the instruction set that the CPU's runs with.
+"""The native CPU module, where it was built, and the instruction set that it runs with.
 
-The one place that imports them: encoders of this folder and the kernels take it from here.
+The one place that imports it: encoders of this folder and the kernels take it from here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,6 @@ try:
 except ImportError as error:  # built without a compiler, or for another Python: the reference runs, and says why
     _cpu, import_error = None, str(error)
 
-_cuda: ModuleType | None
-try:
-    from .. import _cuda  # type: ignore[attr-defined, no-redef]
-
-    cuda_import_error = ""
-except ImportError as error:
-    _cuda, cuda_import_error = None, str(error)
-
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Activation dtypes by the number that csrc knows them by (csrc/cpu/dtype.h)."""
 
@@ -52,22 +44,6 @@ def cpu_module() -> ModuleType:
         raise NativeError(str(why_no_cpu_module()))
     _share_threads()
     return _cpu
-
-
-def why_no_cuda_module() -> str | None:
-    """None where bitpalette._cuda is there, else why not, and what to do."""
-    if _cuda is None:
-        return (
-            f"the CUDA module is not built ({cuda_import_error}); `BITPALETTE_CUDA=1 pip install .` builds it with nvcc"
-        )
-    return None
-
-
-def cuda_module() -> ModuleType:
-    """bitpalette._cuda. NativeError where it was not built."""
-    if _cuda is None:
-        raise NativeError(str(why_no_cuda_module()))
-    return _cuda
 
 
 def available_isas() -> list[str]:
