@@ -1,7 +1,7 @@
 """Layers on the CUDA kernels, from Python to device code and back, on the host executor: no GPU.
 
-bitpalette._cuda's own source is compiled by g++ with the executor (tests/hostexec) in place of a device, and CPU tensors
-stand for those of a GPU. One build of every kernel, more than a minute of two cores: these tests are `slow`.
+bitpalette._cuda's own source is compiled by g++ with the executor (tests/hostexec) in place of a device, and tensors of
+the CPU stand for those of a GPU. One build of every kernel, more than a minute of two cores: these tests are `slow`.
 """
 
 from __future__ import annotations
