@@ -160,20 +160,22 @@ int shared_limit() {
 
 PYBIND11_MODULE(_cuda, m) {
     using namespace bitpalette;
+    // classes are this module's own: the tests load one more, built for the host executor
     m.doc() = "CUDA kernels of bitpalette";
     m.attr("interface_version") = 1;
-    py::class_<GemmPlan>(m, "GemmPlan")
+    py::class_<GemmPlan>(m, "GemmPlan", py::module_local())
         .def_readonly("shape", &GemmPlan::shape)
         .def_readonly("shares", &GemmPlan::shares)
         .def_readonly("stages", &GemmPlan::stages)
         .def_readonly("shared_bytes", &GemmPlan::shared_bytes)
         .def_readonly("part_words", &GemmPlan::part_words)
         .def_readonly("counters", &GemmPlan::counters);
-    py::class_<Call>(m, "Call").def(
-        py::init([](uintptr_t x, uintptr_t x_low, uintptr_t x_scale, uintptr_t x_sum, uintptr_t bias, uintptr_t y,
-                    int64_t x_stride, int tokens, int x_bytes,
-                    int dtype) { return Call{x, x_low, x_scale, x_sum, bias, y, x_stride, tokens, x_bytes, dtype}; }));
-    py::class_<PackedWeight>(m, "PackedWeight")
+    py::class_<Call>(m, "Call", py::module_local())
+        .def(py::init([](uintptr_t x, uintptr_t x_low, uintptr_t x_scale, uintptr_t x_sum, uintptr_t bias, uintptr_t y,
+                         int64_t x_stride, int tokens, int x_bytes, int dtype) {
+            return Call{x, x_low, x_scale, x_sum, bias, y, x_stride, tokens, x_bytes, dtype};
+        }));
+    py::class_<PackedWeight>(m, "PackedWeight", py::module_local())
         .def(py::init<int, int64_t, int64_t, int, int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                       uintptr_t>())
         .def("plan", &PackedWeight::plan)
@@ -182,7 +184,7 @@ PYBIND11_MODULE(_cuda, m) {
         .def("gemv", &PackedWeight::gemv)
         .def("dequantize", &PackedWeight::dequantize_to)
         .def("rows", &PackedWeight::rows);
-    py::class_<Transform>(m, "Transform")
+    py::class_<Transform>(m, "Transform", py::module_local())
         .def(py::init([](int n, uintptr_t factors, uintptr_t signs, bool rotate, uintptr_t hartley, uintptr_t order) {
             return Transform{n, factors, signs, rotate, hartley, order};
         }));

@@ -339,7 +339,8 @@ class Gemm {
         ptx::sync_threads();
         if (ptx::thread() == 0) {
             *arrival() = ptx::atomic_add(args.arrived + tile, 1);
-            ptx::fence(); // what those who came before have stored is seen from here on, by all behind the barrier
+            // what those who came before have stored is seen from here on, by all behind the barrier
+            BP_MUTATE(gemm_part_fence, (void)0, ptx::fence());
         }
         ptx::sync_threads();
         const bool all = *arrival() == static_cast<unsigned>(last - first);
