@@ -7,8 +7,9 @@ the layer before, so a kernel sees schemes without transforms and the codec's ow
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -70,6 +71,20 @@ class Kernel(Protocol):
 
     def rows(self, packed: Packed, index: Tensor) -> Tensor:
         """Rows of W, float32 [n, in], for index int64 [n]; exactly what the codec decodes."""
+
+
+@runtime_checkable
+class TransformingKernel(Protocol):
+    """A kernel that applies the transforms of a layer's input itself, in a form of its own."""
+
+    def why_not_transform(self, names: tuple[str, ...], in_features: int) -> str | None:
+        """None where it has all these transforms for this width, else the reason in words."""
+
+    def make_transform(self, names: tuple[str, ...], fields: Mapping[str, Tensor], in_features: int) -> Any:
+        """The transforms, ready to run where the fields are."""
+
+    def transformed_linear(self, x: Tensor, packed: Packed, bias: Tensor | None, transform: Any) -> Tensor:
+        """y [tokens, out] = T(x) W^T + bias for x [tokens, in]; transform: of `make_transform`."""
 
 
 def choose(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> Kernel:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Kernel, Packed
+from .base import Kernel, Packed, TransformingKernel
 from .input_transform import InputTransforms
 from .native_linear import NativeLinear
 from .rows import row_blocks
@@ -55,7 +55,7 @@ def _forward(
         return x.new_empty(0, packed.shape[0])
     if transforms is None:
         return kernel.linear(x, packed, bias)
-    if transforms.native is not None and isinstance(kernel, NativeLinear):
+    if transforms.native is not None and isinstance(kernel, NativeLinear | TransformingKernel):
         return kernel.transformed_linear(x, packed, bias, transforms.native)
     return kernel.linear(transforms.apply(x), packed, bias)
 

@@ -1,7 +1,7 @@
-"""The transforms of a layer's input: in torch, and as one native object where csrc/cpu/input_transform.h has them all.
+"""The transforms of a layer's input: in torch, and as one object of the kernel's where it has them all.
 
-Native transforms are shared: layers whose transforms are equal, byte for byte, hold one and the same object, so
-`a.native is b.native` tells whether two layers may share a transformed input.
+Those of native code (csrc/cpu/input_transform.h) are shared: layers whose transforms are equal, byte for byte, hold one
+and the same object, so `a.native is b.native` tells whether two layers may share a transformed input.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from ..quant.native import cpu_module
 from ..quant.order import unpack_order
 from ..quant.rotate import sign_vector
 from ..quant.transform import get_transform
+from .base import Kernel, TransformingKernel
+from .native_linear import NativeLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,8 @@ class InputTransforms:
     names: tuple[str, ...]
     fields: Mapping[str, Tensor]
     native: Any = None
-    """A native `InputTransform`, or None: nothing to do, or `why_not` says why torch does it."""
+    """What the kernel's `transformed_linear` takes (the CPU's: a native `InputTransform`), or None: nothing to do, or
+    `why_not` says why torch does it."""
     why_not: str | None = None
 
     def apply(self, x: Tensor) -> Tensor:
@@ -42,6 +45,20 @@ class InputTransforms:
         for name in reversed(self.names):
             grad = get_transform(name).undo_weight(grad, self.fields)
         return grad
+
+
+def transforms_of(
+    kernel: Kernel, names: tuple[str, ...], fields: Mapping[str, Tensor], in_features: int
+) -> InputTransforms:
+    """The transforms of a layer that runs on this kernel, in the kernel's own form where it has one."""
+    if isinstance(kernel, NativeLinear):
+        return input_transforms(names, fields, in_features, kernel.resolve_isa())
+    if not isinstance(kernel, TransformingKernel) or not names:
+        return InputTransforms(names, fields)
+    reason = kernel.why_not_transform(names, in_features)
+    if reason is not None:
+        return InputTransforms(names, fields, None, reason)
+    return InputTransforms(names, fields, kernel.make_transform(names, fields, in_features))
 
 
 def input_transforms(

@@ -15,7 +15,7 @@ from . import torch_ops
 from .base import Kernel, Packed
 from .embedding import QuantEmbedding
 from .frozen import frozen_linear, input_gradient
-from .input_transform import InputTransforms, input_transforms
+from .input_transform import InputTransforms, transforms_of
 from .module import QuantModule, buffer_name
 from .native_call import NativeCall, NativeWeight, Watched, are_there, native_call
 from .native_linear import NativeLinear
@@ -30,7 +30,7 @@ class QuantLinear(QuantModule):
     """
 
     _call: NativeCall | None  # for inputs like the last one
-    _transforms: tuple[int | None, InputTransforms] | None  # with the instruction set that they were made for
+    _transforms: tuple[tuple[str, int | None], InputTransforms] | None  # with the kernel and instruction set
 
     def __init__(
         self,
@@ -159,13 +159,13 @@ class QuantLinear(QuantModule):
         """All that the linear map is made of."""
         kernel, packed = owner._ready("weight")
         fields = owner._transform_fields("weight")
-        isa = kernel.resolve_isa() if isinstance(kernel, NativeLinear) else None
+        made_for = kernel.name, kernel.resolve_isa() if isinstance(kernel, NativeLinear) else None
         if self._transforms is not None:
-            known_isa, known = self._transforms
-            if known_isa == isa and all(known.fields.get(name) is tensor for name, tensor in fields.items()):
+            known_for, known = self._transforms
+            if known_for == made_for and all(known.fields.get(name) is tensor for name, tensor in fields.items()):
                 return kernel, packed, known
-        made = input_transforms(self._schemes["weight"].transforms, fields, self.in_features, isa)
-        self._transforms = isa, made
+        made = transforms_of(kernel, self._schemes["weight"].transforms, fields, self.in_features)
+        self._transforms = made_for, made
         return kernel, packed, made
 
     def _tied_forward(self, x: Tensor, bias: Tensor | None, embedding: QuantEmbedding) -> Tensor:

@@ -49,7 +49,7 @@ struct Container {
     const uint32_t* codes;
     const uint16_t* scale;       // fp16 [groups][NP]; progressive, trellis: [1][NP]
     const uint8_t* zero_point;   // int: [groups][NP], or null
-    const uint16_t* table;       // lut: fp16 [4, 8 or 16]
+    const uint16_t* table;       // lut: fp16 [16]
     const uint8_t* group_scale;  // progressive: [groups][NP]
     const uint8_t* group_offset; // progressive: [groups][NP]
     int64_t n, k;
@@ -77,52 +77,46 @@ BP_HOST_DEVICE constexpr int superblock_words(Format format, int row_bits) {
     }
 }
 
-// Where a weight is in its superblock: in which tile, where in the tile.
+// Where a weight is in its superblock: in which tile, in which lane, and which of the lane's rows and columns.
 struct Place {
-    int n16, k16, row, column;
+    int n16, k16, lane, half, j;
 
-    BP_DEVICE int lane() const { return row % 8 * 4 + column / 4; }
-    BP_DEVICE int slot() const { // columns 0, 2, 1, 3, each with both rows
-        return row / 8 + 2 * (column % 4 / 2) + 4 * (column % 2);
-    }
-    BP_DEVICE int pair_slot() const { // of lut: pairs of columns, each with both rows
-        return column % 2 + 2 * (row / 8) + 4 * (column % 4 / 2);
-    }
+    BP_DEVICE int slot() const { return half + 2 * (j / 2) + 4 * (j % 2); } // columns 0, 2, 1, 3, each with both rows
+    BP_DEVICE int pair_slot() const { return j % 2 + 2 * half + 4 * (j / 2); } // of lut: pairs of columns
 };
 
-BP_DEVICE Place place_in_superblock(int n, int k) {
-    return {n % superblock / tile_side, k % superblock / tile_side, n % tile_side, k % tile_side};
-}
-
 BP_DEVICE uint32_t code2(const uint32_t* words, const Place& p, int slot) {
-    return words[(p.n16 * 32 + p.lane()) * 2 + p.k16 / 2] >> (4 * slot + p.k16 % 2 * 2) & 3;
+    return words[(p.n16 * 32 + p.lane) * 2 + p.k16 / 2] >> (4 * slot + p.k16 % 2 * 2) & 3;
 }
 
 BP_DEVICE uint32_t code3(const uint32_t* words, const Place& p, int slot) {
-    const uint32_t high = words[256 + p.n16 * 32 + p.lane()] >> (4 * slot + p.k16) & 1;
+    const uint32_t high = words[256 + p.n16 * 32 + p.lane] >> (4 * slot + p.k16) & 1;
     return code2(words, p, slot) | high << 2;
 }
 
 BP_DEVICE uint32_t code4(const uint32_t* words, const Place& p) {
-    return words[(p.n16 * 32 + p.lane()) * 4 + p.k16] >> (4 * p.slot()) & 15;
+    return words[(p.n16 * 32 + p.lane) * 4 + p.k16] >> (4 * p.slot()) & 15;
 }
 
 BP_DEVICE uint32_t code_pairs4(const uint32_t* words, const Place& p) {
-    return words[(p.n16 * 32 + p.lane()) * 4 + p.k16] >> (4 * p.pair_slot()) & 15;
+    return words[(p.n16 * 32 + p.lane) * 4 + p.k16] >> (4 * p.pair_slot()) & 15;
 }
 
 BP_DEVICE uint32_t code8(const uint32_t* words, const Place& p) {
-    return words[(p.n16 * 32 + p.lane()) * 8 + p.k16 * 2 + p.row / 8] >> (p.slot() / 2 * 8) & 255;
+    return words[(p.n16 * 32 + p.lane) * 8 + p.k16 * 2 + p.half] >> (p.slot() / 2 * 8) & 255;
 }
 
 // The state of a trellis weight: the low `window` bits of 16 at bit row * m + floor(column * m / 16) of the tile.
 BP_DEVICE uint32_t trellis_state(const uint32_t* words, const Place& p, int row_bits, int window) {
     const int tile_words = (row_bits + 1) / 2;
     const uint32_t* tile = words + (p.n16 * 4 + p.k16) * tile_words;
-    const int start = p.row * row_bits + p.column * row_bits / tile_side;
+    const int column = p.lane % 4 * 4;
+    const int start = (p.half * 8 + p.lane / 4) * row_bits + column * row_bits / tile_side;
     const int word = start / 32;
+    // the windows of the lane's four columns; that of the last begins 15 bits behind that of the first at most
     const uint32_t bits = ptx::funnel_right(tile[word], tile[word + 1 == tile_words ? 0 : word + 1], start % 32);
-    return bits & ((1u << window) - 1);
+    const int behind = (column + p.j) * row_bits / tile_side - column * row_bits / tile_side;
+    return bits >> behind & ((1u << window) - 1);
 }
 
 BP_DEVICE int trellis_level(uint32_t state) {
@@ -146,9 +140,9 @@ struct Parameters {
 };
 
 template <Format F>
-BP_DEVICE Parameters parameters_at(const Container& w, int n, int k) {
+BP_DEVICE Parameters parameters_at(const Container& w, int n, int group) {
     const int64_t rows = (w.n + superblock - 1) / superblock * superblock;
-    const int64_t at = (w.group_size == 0 ? 0 : k / w.group_size) * rows + n;
+    const int64_t at = group * rows + n;
     if constexpr (F == Format::trellis)
         return {ptx::f16_to_float(w.scale[n]) * trellis_unit, 0, 0};
     else if constexpr (F == Format::progressive)
@@ -160,13 +154,18 @@ BP_DEVICE Parameters parameters_at(const Container& w, int n, int k) {
         return {ptx::f16_to_float(w.scale[at]), 0, 0};
 }
 
+// The group of column k, which those up to the next multiple of 32 are in too.
+BP_DEVICE int group_of(const Container& w, int k) {
+    return w.group_size == 0 ? 0 : k / w.group_size;
+}
+
 // One weight as the codec decodes it; the products are exact in fp32. words: of its superblock.
 template <Format F>
 BP_DEVICE float weight_at(const Container& w, const uint32_t* words, const Place& p, const Parameters& a) {
     if constexpr (F == Format::trellis)
-        return static_cast<float>(trellis_level(trellis_state(words, p, w.row_bits, w.window))) * a.scale;
+        return ptx::int_to_float(trellis_level(trellis_state(words, p, w.row_bits, w.window))) * a.scale;
     else if constexpr (F == Format::progressive)
-        return static_cast<float>(static_cast<int>(code4(words, p)) * a.step - a.zero) * a.scale;
+        return ptx::int_to_float(static_cast<int>(code4(words, p)) * a.step - a.zero) * a.scale;
     else if constexpr (F == Format::lut2)
         return ptx::f16_to_float(w.table[code2(words, p, p.pair_slot())]) * a.scale;
     else if constexpr (F == Format::lut3)
@@ -180,20 +179,15 @@ BP_DEVICE float weight_at(const Container& w, const uint32_t* words, const Place
                               : F == Format::int3 ? code3(words, p, p.slot())
                               : F == Format::int4 ? code4(words, p)
                                                   : code8(words, p);
-        return static_cast<float>(static_cast<int>(code) - a.zero) * a.scale;
+        return ptx::int_to_float(static_cast<int>(code) - a.zero) * a.scale;
     }
 }
 
-// Weights (n, k) to (n, k + 3), k a multiple of 4. Columns from w.k on are padding: the caller drops them.
+// The codes of the superblock of row n and column k.
 template <Format F>
-BP_DEVICE void four_weights(const Container& w, int n, int k, float (&values)[4]) {
-    const int across = static_cast<int>((w.k + superblock - 1) / superblock);
-    const int64_t at = static_cast<int64_t>(n / superblock) * across + k / superblock;
-    const uint32_t* words = w.codes + at * superblock_words(F, w.row_bits);
-    const Parameters a = parameters_at<F>(w, n, k);
-    BP_UNROLL
-    for (int j = 0; j < 4; ++j)
-        values[j] = weight_at<F>(w, words, place_in_superblock(n, k + j), a);
+BP_DEVICE const uint32_t* superblock_at(const Container& w, int n, int k) {
+    const int64_t across = (w.k + superblock - 1) / superblock;
+    return w.codes + (n / superblock * across + k / superblock) * superblock_words(F, w.row_bits);
 }
 
 } // namespace bitpalette

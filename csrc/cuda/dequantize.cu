@@ -1,7 +1,7 @@
 #include "dequantize.cuh"
 
-#include "container_checks.h"
-#include "dispatch.h"
+#include "container_checks.cuh"
+#include "dispatch.cuh"
 #include "launch.cuh"
 
 namespace bitpalette {

@@ -45,11 +45,16 @@ BP_DEVICE void store_four(void* to, int64_t i, const float (&v)[4]) {
                                                                      ptx::pack_bf16x2(v[2], v[3])};
 }
 
-// The first `n` of four, of which those from n on may lie beyond the buffer; in one store where that is aligned.
+// Whether store_four may be used for all multiples of four of rows `stride` elements apart.
 template <Dtype D>
-BP_DEVICE void store_up_to_four(void* to, int64_t i, const float (&v)[4], int n) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(to) + static_cast<uintptr_t>(i) * element_bytes(D);
-    if (n >= 4 && address % (4 * element_bytes(D)) == 0) {
+BP_DEVICE bool aligned_to_four(const void* to, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(to) % (4 * element_bytes(D)) == 0 && stride % 4 == 0;
+}
+
+// The first `n` of four, of which those from n on may lie beyond the buffer; in one store where that is `aligned`.
+template <Dtype D>
+BP_DEVICE void store_up_to_four(void* to, int64_t i, const float (&v)[4], int n, bool aligned) {
+    if (n >= 4 && aligned) {
         store_four<D>(to, i, v);
         return;
     }

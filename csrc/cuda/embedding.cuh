@@ -33,9 +33,17 @@ BP_GLOBAL void BP_LAUNCH_BOUNDS(embedding_threads, 8) embedding_kernel(const Emb
     const int k = 4 * static_cast<int>(ptx::block() % blocks * embedding_threads + ptx::thread());
     if (k >= w.k)
         return;
+    const int n = static_cast<int>(args.index[row]);
+    const uint32_t* words = superblock_at<F>(w, n, k);
+    const Parameters a = parameters_at<F>(w, n, group_of(w, k));
+    const int n16 = n % superblock / tile_side, k16 = k % superblock / tile_side;
+    const int lane = n % 8 * 4 + k % tile_side / 4, half = n % tile_side / 8;
     float values[4];
-    four_weights<F>(w, static_cast<int>(args.index[row]), k, values);
-    store_up_to_four<D>(args.out, row * args.stride + k, values, static_cast<int>(w.k) - k);
+    BP_UNROLL
+    for (int j = 0; j < 4; ++j)
+        values[j] = weight_at<F>(w, words, {n16, k16, lane, half, j}, a);
+    store_up_to_four<D>(args.out, row * args.stride + k, values, static_cast<int>(w.k) - k,
+                        aligned_to_four<D>(args.out, args.stride));
 }
 
 // 0 or a cudaError_t; nothing is launched for no rows. std::invalid_argument where the sizes do not fit together.

@@ -4,7 +4,7 @@
 #include <string>
 #include <type_traits>
 
-#include "container_checks.h"
+#include "container_checks.cuh"
 #include "launch.cuh"
 
 namespace bitpalette {
@@ -19,8 +19,12 @@ void check(const GemvI8Args& args) {
     if (args.tokens < 1 || args.tokens > gemv_most_tokens || args.weight.k > gemv_most_columns)
         refuse(std::to_string(args.tokens) + " tokens of " + std::to_string(args.weight.k) +
                " columns; 1 or 2 tokens of at most " + std::to_string(gemv_most_columns));
-    if (args.blocks < 1 || args.workspace == nullptr)
-        refuse(std::to_string(args.blocks) + " blocks; at least 1, with a workspace");
+    if (args.blocks < 1 || args.sums == nullptr || args.counters == nullptr)
+        refuse(std::to_string(args.blocks) + " blocks; at least 1, with sums and counters");
+    const void* wide[] = {args.weight.codes, args.x, args.x_low, args.sums};
+    for (const void* address : wide)
+        if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+            refuse("codes, activations or sums not aligned to 16 bytes");
     if (args.y_stride < args.weight.n)
         refuse("rows of " + std::to_string(args.weight.n) + " outputs, " + std::to_string(args.y_stride) +
                " elements apart");

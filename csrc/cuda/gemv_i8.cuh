@@ -10,7 +10,7 @@
 // The superblocks of the matrix, those of a row of superblocks one after another, are dealt out to all blocks in equal
 // runs, wherever rows begin and end; the warps of a block take every eighth of its run, each through a ring of stages
 // of its own in shared memory, without a barrier. At the end of a row the warps' sums are added up. A row that several
-// blocks share goes through `workspace`: the last to arrive adds the others' sums. Which block is last does not matter,
+// blocks share goes through `sums`: the last to arrive adds the others' sums. Which block is last does not matter,
 // integers have no order of summation, so results are the same from run to run and for any number of blocks.
 #pragma once
 
@@ -37,18 +37,18 @@ struct GemvI8Args {
     int tokens;           // 1 or 2
     Dtype dtype;
     int blocks; // any number gives the same result; gemv_i8_resident_blocks is fastest
-    // Of gemv_i8_workspace bytes, aligned to 16. The counters in it are zero before the first call and after each;
-    // calls that may run at the same time have a workspace each.
-    void* workspace;
+    // Calls that may run at the same time have sums and counters each.
+    int64_t* sums;      // gemv_i8_sums of them
+    unsigned* counters; // gemv_i8_counters of them, zero before the first call and after each
 };
 
 // Row r of superblocks has a counter of the blocks that have arrived, block b two slots of sums: for the row in which
 // its run begins, and for the one in which it ends, where that is another.
-BP_HOST_DEVICE constexpr int64_t gemv_counter_bytes(int64_t n) {
-    return (n + superblock - 1) / superblock * 4 / 16 * 16 + 16;
+BP_HOST_DEVICE constexpr int64_t gemv_i8_counters(int64_t n) {
+    return (n + superblock - 1) / superblock;
 }
-BP_HOST_DEVICE constexpr int64_t gemv_i8_workspace(int64_t n, int tokens, int blocks) {
-    return gemv_counter_bytes(n) + static_cast<int64_t>(blocks) * 2 * superblock * tokens * 8;
+BP_HOST_DEVICE constexpr int64_t gemv_i8_sums(int tokens, int blocks) {
+    return static_cast<int64_t>(blocks) * 2 * superblock * tokens;
 }
 
 BP_HOST_DEVICE constexpr int gemv_tile_words(int row_bits) {
@@ -189,7 +189,7 @@ class GemvI8 {
         }
     }
 
-    // All warps: what they have of a row of superblocks, to y or to the workspace. begins: the run begins in this row;
+    // All warps: what they have of a row of superblocks, to y or to `sums`. begins: the run begins in this row;
     // whole: the block has all of it.
     // The sums of the next row go elsewhere (parity), so one barrier is enough between writing and reading them.
     BP_DEVICE void finish(int64_t row, bool begins, bool whole, int32_t (&sum)[Vectors][8], int parity) {
@@ -223,8 +223,7 @@ class GemvI8 {
     }
 
     BP_DEVICE int64_t* slot(int64_t b, bool begins, int token) const {
-        int64_t* slots =
-            reinterpret_cast<int64_t*>(static_cast<char*>(args_.workspace) + gemv_counter_bytes(args_.weight.n));
+        int64_t* slots = args_.sums;
         return slots + ((2 * b + (begins ? 0 : 1)) * tokens() + token) * superblock;
     }
 
@@ -235,7 +234,7 @@ class GemvI8 {
             slot(ptx::block(), begins, token)[at] = value;
         ptx::fence();
         ptx::sync_threads();
-        unsigned* counter = static_cast<unsigned*>(args_.workspace) + row;
+        unsigned* counter = args_.counters + row;
         if (ptx::thread() == 0)
             *last_ = ptx::atomic_add(counter, 1) + 1 == static_cast<unsigned>(count);
         ptx::sync_threads();
@@ -243,7 +242,7 @@ class GemvI8 {
             return false;
         ptx::fence();
         if (ptx::thread() == 0)
-            *counter = BP_MUTATE(gemv_counter_left, 1, 0);
+            ptx::st_release(counter, BP_MUTATE(gemv_counter_left, 1, 0));
         value = 0;
         if (token < tokens())
             for (int64_t b = first; b < first + count; ++b) // all but the first begin in this row

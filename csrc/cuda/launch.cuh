@@ -50,6 +50,11 @@ int launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t shar
                                  std::index_sequence_for<Params...>());
 }
 
+// What a launcher returned, in words.
+inline const char* error_text(int error) {
+    return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
 // The most shared memory that a block may have on the current device. 0 or a cudaError_t.
 inline int shared_memory_of_block(int* bytes) {
     int device = 0;

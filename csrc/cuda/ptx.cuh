@@ -271,15 +271,12 @@ BP_DEVICE float f16_to_float(uint16_t a) {
 BP_DEVICE float bf16_to_float(uint16_t a) {
     return uint_as_float(static_cast<uint32_t>(a) << 16);
 }
+// By the conversion of a pair, F2FP: that of a single value is F2F, which goes through the slow conversion unit.
 BP_DEVICE uint16_t float_to_f16(float a) {
-    uint16_t d;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d) : "f"(a));
-    return d;
+    return static_cast<uint16_t>(pack_f16x2(a, 0.f));
 }
 BP_DEVICE uint16_t float_to_bf16(float a) {
-    uint16_t d;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(a));
-    return d;
+    return static_cast<uint16_t>(pack_bf16x2(a, 0.f));
 }
 // To nearest even; beyond int32 the nearest int32, of NaN 0.
 BP_DEVICE int32_t float_to_int(float a) {

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "dispatch.h"
+#include "dispatch.cuh"
 #include "launch.cuh"
 
 namespace bitpalette {
@@ -24,8 +24,8 @@ void check(const TransformInputArgs& args, int odd) {
     if (args.rotate && odd > 1 && args.hartley == nullptr)
         refuse("a rotation of " + std::to_string(args.n) + " columns needs the matrix of its odd part " +
                std::to_string(odd));
-    if (reinterpret_cast<uintptr_t>(args.y) % 16 != 0)
-        refuse("the output is not aligned to 16 bytes");
+    if (reinterpret_cast<uintptr_t>(args.y) % 16 != 0 || reinterpret_cast<uintptr_t>(args.hartley) % 16 != 0)
+        refuse("the output or the matrix of the rotation is not aligned to 16 bytes");
     if (args.output != TransformOutput::same && (args.scale == nullptr || args.sum == nullptr))
         refuse("an int8 output without scale or sum");
     if (args.output == TransformOutput::planes &&

@@ -64,9 +64,7 @@ def check(executor: Any, defines: list[str]) -> None:
             np.testing.assert_array_equal(y.array, want.astype(np.float16), err_msg=f"differs, {options}")
 
 
-def dequantized(
-    executor: Any, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, n: int, k: int
-) -> np.ndarray:
+def dequantized(executor: Any, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, n: int, k: int) -> np.ndarray:
     """float64 [n, k] by the kernel `dequantize`, which shares no decoder with the GEMM."""
     library = executor.build([CUDA / "dequantize.cu", CUDA / "embedding.cu", HERE / "dequantize_entry.cpp"])
     out = executor.guarded(np.full((n, k), np.nan, np.float32))

@@ -34,8 +34,7 @@ def levels(executor: Any, codes: np.ndarray, n: int, k: int, row_bits: int) -> n
 def check(executor: Any, defines: list[str]) -> None:
     library = executor.build([CUDA / "gemv_i8.cu", HERE / "gemv_i8_entry.cpp"], defines=defines)
     guarded, rng = executor.guarded, np.random.default_rng(0)
-    # 2 x 16 superblocks; the second block has some of both rows
-    row_bits, (n, k), blocks = 48, (70, 1000), 3
+    row_bits, (n, k) = 48, (70, 1000)  # 2 x 16 superblocks
     np_, kp = -(-n // 64) * 64, -(-k // 64) * 64
     codes = rng.integers(0, 2**32, (np_ // 64) * (kp // 64) * 16 * row_bits // 2, dtype=np.uint32)
     weight = levels(executor, codes, n, k, row_bits)
@@ -46,13 +45,15 @@ def check(executor: Any, defines: list[str]) -> None:
     want = (x[:, :k] @ weight.T).astype(np.float32) / np.float32(256)
     scale, one = guarded(np.full(np_, 128, np.float16)), guarded(np.ones(2, np.float32))
     size = guarded(np.zeros(1, np.int64))
-    library.call("workspace_bytes", n, 2, blocks, size)
+    library.call("workspace_bytes", n, 2, 5, size)
     for options in executor.all_options(coresident=3):
-        workspace = guarded(np.zeros(int(size.array[0]), np.uint8))
-        for _ in range(2):  # the second with the counters that the first left
-            workspace.array[64:] = 0xFF  # counters apart, nothing that was there counts
-            y = guarded(np.full((2, n), np.nan, np.float32))
-            inputs = [guarded(codes), scale, n, k, row_bits, 16, *map(guarded, planes), one]
-            outputs = [guarded(x.sum(1).astype(np.int32)), None, y, n, 2, 0, blocks, workspace]
-            library.call("run_gemv_i8", *inputs, *outputs, options=options)
-            np.testing.assert_array_equal(y.array, want, err_msg=f"differs, {options}")
+        # 1: one row behind the other, whole; 5: a row in three parts, and a block that has some of both
+        for blocks in (1, 5):
+            workspace = guarded(np.zeros(int(size.array[0]), np.uint8))
+            for _ in range(2):  # the second with the counters that the first left
+                workspace.array[16:] = 0xFF  # what was there of sums does not count
+                y = guarded(np.full((2, n), np.nan, np.float32))
+                inputs = [guarded(codes), scale, n, k, row_bits, 16, *map(guarded, planes), one]
+                outputs = [guarded(x.sum(1).astype(np.int32)), None, y, n, 2, 0, blocks, workspace]
+                library.call("run_gemv_i8", *inputs, *outputs, options=options)
+                np.testing.assert_array_equal(y.array, want, err_msg=f"differs, {blocks} blocks, {options}")

@@ -110,6 +110,10 @@ int resident_blocks() {
     return options.coresident;
 }
 
+const char* error() {
+    return machine.message;
+}
+
 } // namespace hostexec
 
 extern "C" {
@@ -123,7 +127,7 @@ void hostexec_configure(int schedule, unsigned long long seed, int copies, int c
 
 // Of the last launch; empty if all went well.
 const char* hostexec_error() {
-    return hostexec::machine.message;
+    return hostexec::error();
 }
 
 // Lines "file line which accesses extra" since the options were set. How many bytes; at most size - 1 are written.

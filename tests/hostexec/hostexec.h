@@ -63,5 +63,7 @@ void shared_access(const void* address, size_t bytes, bool store, Where where);
 // The launch itself: `body` is run by every thread. 0, or cudaErrorLaunchFailure (719) with error() to read.
 int launch(const std::function<void()>& body, unsigned grid, unsigned block, size_t shared_bytes);
 int resident_blocks();
+// Of the last launch; empty if all went well.
+const char* error();
 
 } // namespace hostexec

@@ -18,6 +18,10 @@ int launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t shar
     return hostexec::launch([&] { std::apply(kernel, values); }, grid, block, shared_bytes);
 }
 
+inline const char* error_text(int error) {
+    return error == 1 ? "invalid argument" : hostexec::error();
+}
+
 // of sm_86 and sm_89, the least there is
 inline int shared_memory_of_block(int* bytes) {
     *bytes = 99 * 1024;

@@ -166,11 +166,12 @@ template <int Unused>
 BP_GLOBAL void missing_sync_warp(uint32_t* out) {
     BP_DYNAMIC_SHARED(shared);
     uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
-    words[thread()] = shfl(thread(), 5);
+    words[thread()] = thread();
+    const uint32_t other = shfl(thread(), 5);
 #ifdef WITH_SYNC_WARP
     sync_warp();
 #endif
-    out[thread()] = words[thread() ^ 1]; // here: missing_sync_warp
+    out[thread()] = words[thread() ^ 1] + other; // here: missing_sync_warp
 }
 template <int Unused>
 BP_GLOBAL void global_race(uint32_t* out) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,16 @@ def test_sums_beyond_32_bits(hostexec: Any, library: Any) -> None:
     assert torch.equal(call.run(1), call.want())
 
 
+@pytest.mark.parametrize("rate", [1, 2, 2.4375, 3, 4])  # beyond, the word around the end meets another one's bank
+def test_shared_memory_without_bank_conflicts(hostexec: Any, library: Any, rate: float) -> None:
+    call = Call(
+        hostexec, library, random_weight(rate, 16, (64, 128)), integers(1, 128, True), True, torch.float32, True
+    )
+    call.run(1, hostexec.Options(conflicts=True))
+    counted = library.conflicts()
+    assert counted and all(extra == 0 for _, extra in counted.values()), counted
+
+
 def test_a_scale_of_nan_reaches_every_output(hostexec: Any, library: Any) -> None:
     call = Call(hostexec, library, random_weight(2, 16, (70, 64)), integers(2, 64, False), False, torch.float16, True)
     call.inputs[8] = hostexec.guarded(torch.tensor([1.0, torch.nan]))
@@ -191,4 +202,6 @@ def test_a_wrong_call_is_refused_with_its_numbers(hostexec: Any, library: Any) -
     assert "3 tokens of 64 columns" in refusal(None, 70, 3, 0, 4, None)
     assert "tokens of 131073 columns" in refusal(None, 70, 1, 0, 4, None, k=131073)
     assert "0 blocks" in refusal(None, 70, 1, 0, 0, None)
+    shifted = ctypes.c_void_p(hostexec.guarded(torch.zeros(64)).pointer + 8)
+    assert "not aligned to 16 bytes" in refusal(None, 70, 1, 0, 1, shifted)
     assert "69 elements apart" in refusal(None, 69, 1, 0, 1, hostexec.guarded(torch.zeros(64)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,15 @@ def test_missing_fence_is_a_race(hostexec: Any, check: Any, args: tuple[int, ...
     check(hostexec, *args)
     with pytest.raises(hostexec.IsolatedError, match="data race"):
         hostexec.isolated("tsan", check, *args)
+
+
+@pytest.mark.slow
+def test_switch_by_ucontext(hostexec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What machines other than x86-64 run on."""
+    driver = sys.modules[type(hostexec).__module__]
+    monkeypatch.setattr(driver, "_FLAGS", [*driver._FLAGS, "-DHOSTEXEC_UCONTEXT"])
+    check_producer(hostexec)
+    check_chain(hostexec, RELEASE)
 
 
 # --- banks: 32 of 4 bytes
