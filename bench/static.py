@@ -6,10 +6,11 @@ prints a line for each kernel and architecture, and ends with 1 and a line for e
 --out writes the table, one CSV an architecture; bench/results/static has the committed one, in which a regression shows
 as a difference. --check prints what has changed since: that alone is no failure, compilers differ.
 
-Columns: registers and bytes of spills; m: matrix instructions in the main loop; of shared memory, loads of 128, 64, 32
-and fewer bits; copies: asynchronous ones to shared memory; cvt: conversions; inner: loops inside, whose bodies count
-once. Then, per weight that a lane decodes in one round: bit operations, products, loads of shared memory, all that is
-issued. A count is of what is there, whether a branch skips it or not.
+Columns: registers and bytes of spills; loop: instructions of the main loop; round: of the shortest way through it that
+leaves out no product and no copy (static_sass.py), of which the rest are parts; in: loops inside; m: matrix
+instructions; loads of shared memory of 128, 64, 32 and fewer bits; copies: asynchronous ones to shared memory; cvt:
+conversions. Then, per weight that a lane decodes in one round: bit operations (ALU), products (FMA), loads of shared
+memory, all that is issued.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Row:
     blocks: int
     instructions: int
     loop: int | str = ""
+    round: int | str = ""
     inner: int | str = ""
     matrix: int | str = ""
     lds128: int | str = ""
@@ -83,7 +85,8 @@ def row(compiled: Compiled) -> Row:
         return fixed
     counted = replace(
         fixed,
-        loop=loop.issue,
+        loop=loop.size,
+        round=loop.issue,
         inner=loop.inner,
         matrix=loop.matrix,
         lds128=loop.of_width("LDS", 128),
@@ -108,20 +111,32 @@ def row(compiled: Compiled) -> Row:
     )
 
 
-HEADER = (
-    f"{'arch':6} {'kernel':40} {'regs':>4} {'spill':>5} {'loop':>5} {'in':>2} {'m':>3} {'LDS128':>6} {'64':>3} "
-    f"{'32':>3} {'<':>3} {'copies':>6} {'cvt':>3} | {'ALU':>5} {'FMA':>5} {'LDS':>5} {'issue':>5} | budget"
-)
+SHOWN = {
+    "registers": "regs",
+    "spill": "spill",
+    "loop": "loop",
+    "round": "round",
+    "inner": "in",
+    "matrix": "m",
+    "lds128": "L128",
+    "lds64": "L64",
+    "lds32": "L32",
+    "lds_narrow": "L<",
+    "copies": "copy",
+    "conversions": "cvt",
+    "alu_per_weight": "ALU",
+    "fma_per_weight": "FMA",
+    "lds_per_weight": "LDS",
+    "issue_per_weight": "issue",
+    "alu_budget": "<=ALU",
+    "issue_budget": "<=iss",
+}
+HEADER = f"{'arch':6} {'kernel':40} " + " ".join(f"{title:>5}" for title in SHOWN.values())
 
 
 def line(arch: str, r: Row) -> str:
     """The most important columns of a row, for people."""
-    budgets = f"{r.alu_budget} {r.issue_budget}" if r.alu_budget else ""
-    return (
-        f"{arch:6} {r.kernel:40} {r.registers:4} {r.spill:5} {r.loop:>5} {r.inner:>2} {r.matrix:>3} {r.lds128:>6} "
-        f"{r.lds64:>3} {r.lds32:>3} {r.lds_narrow:>3} {r.copies:>6} {r.conversions:>3} | {r.alu_per_weight:>5} "
-        f"{r.fma_per_weight:>5} {r.lds_per_weight:>5} {r.issue_per_weight:>5} | {budgets}"
-    ).rstrip()
+    return f"{arch:6} {r.kernel:40} {' '.join(f'{getattr(r, name):>5}' for name in SHOWN)}".rstrip()
 
 
 def compile_all(stems: Sequence[str], arches: Sequence[str], jobs: int) -> Iterator[list[Compiled]]:

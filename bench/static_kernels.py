@@ -21,16 +21,16 @@ LANES = 32
 TYPES = {"Half": "fp16", "BFloat": "bf16"}
 DTYPES = ("fp32", "fp16", "bf16")  # enum class Dtype in csrc/cpu/dtype.h
 
-# type of the template -> (format, bits of a code); trellis has 2 to 5 bits, what counts is not its bytes
-_FRAGMENTS = {
+# type of the template -> (format, bits of a weight, of the trellis 0 where they are known at run time only)
+_FRAGMENTS: dict[str, tuple[str, float]] = {
     "LutFragment<{act}, 2>": ("lut2", 2),
     "LutFragment<{act}, 3>": ("lut3", 3),
     "PairFragment<{act}>": ("lut4", 4),
     "E4M3Fragment<{act}>": ("e4m3", 8),
-    "TrellisFragment<{act}>": ("trellis", 0),
+    **{f"TrellisFragment<{{act}}, {words}>": ("trellis", words / 8) for words in (0, 16, 20, 24, 28, 32)},
     **{f"IntFragment<{{act}}, {bits}>": (f"int{bits}", bits) for bits in (2, 3, 4, 8)},
 }
-_INT8 = {
+_INT8: dict[str, tuple[str, float]] = {
     "ChannelA8<{act}, 4>": ("int4 channel", 4),
     "ChannelA8<{act}, 8>": ("int8 channel", 8),
     "GroupedA8<{act}>": ("int4 grouped", 4),
@@ -40,17 +40,18 @@ _INT8 = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instance. tokens, weights and matrix are None or 0 where a kernel has no such loop.
+    """One instance; numbers are 0 where a kernel has no main loop.
 
-    bits: of a code, 0 for trellis, whose tiles are read at offsets that depend on the rate. tokens: of an output tile,
-    of gemv_i8 the int8 vectors. weights: that one lane decodes in a round of the hot loop. matrix: matrix instructions
-    in a round. order: where it stands in a table.
+    type: of activations. bits: of a weight, 0 where they are known at run time only. tokens: of an output tile, of
+    gemv_i8 the int8 vectors. weights: that a lane decodes in a round of the main loop. matrix: matrix instructions in
+    a round. row_tiles: 16 rows of the weight, of a warp. order: where it stands in a table.
     """
 
     name: str
     family: str
     format: str = ""
-    bits: int = 0
+    type: str = ""
+    bits: float = 0
     tokens: int = 0
     weights: int = 0
     matrix: int = 0
@@ -110,10 +111,12 @@ def _gemm(form: str, tokens: int, sharing: int) -> Kernel:
             if act is not None and form == template.format(act=act):
                 row_tiles = SUPERBLOCK // TILE // sharing
                 columns = 16 if family == "gemm" else 32  # of m16n8k16, m16n8k32
+                rate = f" {_rate(bits)}" if name == "trellis" else ""
                 return Kernel(
-                    f"{family} {name} {TYPES[act]} {tokens} tokens",
+                    f"{family} {name}{rate} {TYPES[act]} {tokens} tokens",
                     family,
                     name,
+                    TYPES[act],
                     bits,
                     tokens,
                     weights=row_tiles * TILE * SUPERBLOCK // LANES,
@@ -127,10 +130,14 @@ def _gemm(form: str, tokens: int, sharing: int) -> Kernel:
 
 
 def _gemv(tile_words: int, vectors: int) -> Kernel:
-    rate = f"{tile_words / 8:g} bits" if tile_words else "any rate"
-    name = f"gemv_i8 trellis {rate} {vectors} vector{'s' if vectors > 1 else ''}"
+    bits = tile_words / 8
+    name = f"gemv_i8 trellis {_rate(bits)} {vectors} vector{'s' if vectors > 1 else ''}"
     weights = SUPERBLOCK * SUPERBLOCK // LANES
-    return Kernel(name, "gemv_i8", "trellis", 0, vectors, weights=weights, order=(tile_words, vectors))
+    return Kernel(name, "gemv_i8", "trellis", "int8", bits, vectors, weights=weights, order=(tile_words, vectors))
+
+
+def _rate(bits: float) -> str:
+    return f"{bits:g} bits" if bits else "any rate"
 
 
 def trellis_encode(row_bits: int, window: int) -> Kernel:

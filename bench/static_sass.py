@@ -1,7 +1,7 @@
-"""Instructions of compiled kernels: the listing of `cuobjdump -sass`, its loops, and counts of what a loop issues.
+"""Instructions of compiled kernels: the listing of `cuobjdump -sass`, its loops, and what one round of a loop issues.
 
-A count is of instructions that are there, whether a branch skips them in a given call or not: an upper bound of what a
-warp issues in one round, except for loops inside the loop, whose bodies count once (`Loop.inner` says how many).
+A round is the shortest way through a loop that leaves out no matrix instruction, dot product or asynchronous copy. So
+what is done once a tile, in a branch, does not count; nor does what a branch skips for most weights.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 MATRIX = {"HMMA", "IMMA"}
 DOT = {"IDP"}
@@ -21,6 +22,7 @@ ALU |= {"BMSK", "ISETP", "SEL", "IMNMX", "VIMNMX", "VIADDMNMX", "FSETP", "FSEL",
 FMA = {"IMAD", "IDP", "FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "HSET2", "HSETP2", "HMNMX2"}
 CONVERSIONS = {"I2F", "I2FP", "F2I", "F2F", "F2FP", "I2I", "FRND"}
 LOCAL = {"LDL", "STL"}
+ESSENTIAL = MATRIX | DOT | {"LDGSTS"}
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)$")
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*([^;]*);")
@@ -72,10 +74,16 @@ def loops(code: Sequence[Instruction]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Loop:
-    """Counts of one round. by_opcode: name with modifiers, placeholders left out; issue: everything."""
+    """Counts of one round. by_opcode: name with modifiers, placeholders left out; issue: everything.
+
+    size: instructions of the whole loop. inner: loops inside, of which a round has one round each. way: whether there
+    is a way from the loop's beginning to its end that leaves out none of the instructions that must not be.
+    """
 
     issue: int
+    size: int
     inner: int
+    way: bool
     by_opcode: Counter[str] = field(repr=False)
 
     def count(self, names: Collection[str]) -> int:
@@ -148,5 +156,37 @@ def _inside(stretches: list[tuple[int, int]], outer: tuple[int, int]) -> set[int
 
 def _loop(code: Sequence[Instruction], stretches: list[tuple[int, int]], stretch: tuple[int, int]) -> Loop:
     body = code[stretch[0] : stretch[1] + 1]
-    by_opcode = Counter(i.name + i.modifiers for i in body if not i.never)
-    return Loop(len(body), len(_inside(stretches, stretch)), by_opcode)
+    way = shortest_round(body)
+    by_opcode = Counter(i.name + i.modifiers for i in way or body if not i.never)
+    return Loop(len(way or body), len(body), len(_inside(stretches, stretch)), way is not None, by_opcode)
+
+
+def shortest_round(body: Sequence[Instruction]) -> list[Instruction] | None:
+    """The fewest instructions from the first to the last that leave out none of `ESSENTIAL`.
+
+    All of them where none is essential, None where there is no such way. Branches backwards are not taken.
+    """
+    essential = [i.name in ESSENTIAL for i in body]
+    if not any(essential):
+        return list(body)
+    passed = [0, *accumulate(essential)]  # before instruction i
+    at = {instruction.address: i for i, instruction in enumerate(body)}
+    before: list[int | None] = [None] * len(body)  # on the way to instruction i, and how long it is
+    length = [0] + [len(body) + 1] * (len(body) - 1)
+    for i, instruction in enumerate(body[:-1]):
+        following = []
+        if instruction.name == "BRA" and (target := _TARGET.search(instruction.operands)):
+            following.append(at.get(int(target[1], 16), 0))
+        if instruction.guard or instruction.name not in ("BRA", "EXIT", "RET"):
+            following.append(i + 1)
+        for j in following:
+            if j > i and passed[j] == passed[i + 1] and length[i] + 1 < length[j]:
+                before[j], length[j] = i, length[i] + 1
+    if length[-1] > len(body):
+        return None
+    way: list[int] = []
+    here: int | None = len(body) - 1
+    while here is not None:
+        way.append(here)
+        here = before[here]
+    return [body[i] for i in reversed(way)]
