@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,8 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], list[str]]] = {
 }
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_ARCHITECTURES = ("80", "86", "89", "90a")
+# sm_80's code runs on 8.6 and 8.9 too; later GPUs compile the PTX of the last when it is first used
+CUDA_ARCHITECTURES = ("80", "90")
 
 
 def instruction_set(source: str) -> str | None:
@@ -81,6 +83,27 @@ class CudaDecision(NamedTuple):
 
     nvcc: str | None
     message: str
+    architectures: tuple[str, ...] = ()
+
+
+def cuda_architectures(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """BITPALETTE_CUDA_ARCHITECTURES, such as "90" or "80;89", else `CUDA_ARCHITECTURES`. SystemExit for others."""
+    wish = environ.get("BITPALETTE_CUDA_ARCHITECTURES", "")
+    chosen = tuple(wish.replace(",", ";").split(";")) if wish else CUDA_ARCHITECTURES
+    for name in chosen:
+        if not re.fullmatch(r"[89]\d|1\d\d", name):
+            raise SystemExit(
+                f"bitpalette: BITPALETTE_CUDA_ARCHITECTURES={wish!r}: {name!r} is no compute capability from 80 on; "
+                "give numbers such as 80;90"
+            )
+    return chosen
+
+
+def gencode(architectures: Iterable[str]) -> list[str]:
+    """nvcc's flags: machine code for each, and the last one's PTX."""
+    names = list(architectures)
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names]
+    return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
 
 def decide_cuda(environ: Mapping[str, str], which: Callable[[str], str | None], sources: Iterable[str]) -> CudaDecision:
@@ -101,28 +124,30 @@ def decide_cuda(environ: Mapping[str, str], which: Callable[[str], str | None], 
                 "bitpalette: BITPALETTE_CUDA=1 needs nvcc, found neither on PATH nor in CUDA_HOME "
                 f"({home or 'unset'}): install the CUDA toolkit or unset BITPALETTE_CUDA"
             )
-        return CudaDecision(None, "bitpalette: no nvcc found, the CPU extension only")
+        return CudaDecision(None, "bitpalette: no nvcc found, the CPU extension only; on a GPU Triton is used")
     if not list(sources):
         if wish == "1":
             raise SystemExit("bitpalette: BITPALETTE_CUDA=1, but this version has no CUDA sources: unset it")
         return CudaDecision(None, "bitpalette: no CUDA sources in this version, the CPU extension only")
-    return CudaDecision(nvcc, f"bitpalette: CUDA module for sm_{', sm_'.join(CUDA_ARCHITECTURES)} with {nvcc}")
+    architectures = cuda_architectures(environ)
+    names = ", ".join(f"sm_{a}" for a in architectures)
+    return CudaDecision(nvcc, f"bitpalette: CUDA module for {names} with {nvcc}", architectures)
 
 
-def headers(root: Path) -> list[str]:
-    """Every header under csrc/, and this file: a change of one of them rebuilds."""
-    found = (p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".hpp", ".cuh"))
+def headers(root: Path, folders: Iterable[str]) -> list[str]:
+    """Every header in these folders of csrc/, and this file: a change of one of them rebuilds."""
+    found = (p for name in folders for p in (root / "csrc" / name).rglob("*") if p.suffix in (".h", ".hpp", ".cuh"))
     return ["setup.py", *(p.relative_to(root).as_posix() for p in sorted(found))]
 
 
-def native_module(name: str, sources: list[str]) -> Extension:
+def native_module(name: str, sources: list[str], folders: Iterable[str]) -> Extension:
     import pybind11  # here, so that the functions above need no build requirement
 
     return Extension(
         name,
         sources,
         include_dirs=["csrc", pybind11.get_include()],
-        depends=headers(ROOT),
+        depends=headers(ROOT, folders),
         extra_compile_args=CXX_FLAGS,
         extra_link_args=["-pthread"],
         language="c++",
@@ -190,8 +215,10 @@ class BuildNative(build_ext):
         if not self._fresh(ext, source, built):
             Path(built).parent.mkdir(parents=True, exist_ok=True)
             include = [f"-I{path}" for path in [*ext.include_dirs, *self.compiler.include_dirs]]
-            code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-            self.spawn([self.cuda.nvcc, *NVCC_FLAGS, *code, *include, "-c", source, "-o", built])
+            # the bindings call launchers and have no kernels of their own: any one architecture does
+            kernels = source.startswith("csrc/cuda/")
+            code = gencode(self.cuda.architectures if kernels else self.cuda.architectures[:1])
+            self.spawn([self.cuda.nvcc, *NVCC_FLAGS, *code, *include, "-x", "cu", "-c", source, "-o", built])
         return built
 
     def _link_cuda(self, ext: Extension, objects: list[str], target: str) -> None:
@@ -200,11 +227,12 @@ class BuildNative(build_ext):
 
 
 def main() -> None:
-    modules = [native_module("bitpalette._cpu", cpu_sources(ROOT, platform.machine()))]
+    modules = [native_module("bitpalette._cpu", cpu_sources(ROOT, platform.machine()), ["cpu", "bind"])]
     kernels = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     BuildNative.cuda = decide_cuda(os.environ, shutil.which, kernels)
     if BuildNative.cuda.nvcc:
-        modules.append(native_module("bitpalette._cuda", ["csrc/bind/cuda_module.cpp", *kernels]))
+        sources = ["csrc/bind/cuda_module.cpp", *kernels]
+        modules.append(native_module("bitpalette._cuda", sources, ["cuda", "cpu", "bind"]))
     setup(ext_modules=modules, cmdclass={"build_ext": BuildNative})
 
 

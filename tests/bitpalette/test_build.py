@@ -33,8 +33,20 @@ def nowhere(name: str) -> None:
 def test_cuda_is_built_where_nvcc_and_sources_are(build: ModuleType) -> None:
     decision = build.decide_cuda({}, on_path, KERNELS)
     assert decision.nvcc == "/usr/bin/nvcc"
-    assert "sm_80, sm_86, sm_89, sm_90a" in decision.message
+    assert "sm_80, sm_90 with" in decision.message
     assert build.decide_cuda({"BITPALETTE_CUDA": "1"}, on_path, KERNELS) == decision
+
+
+def test_architectures(build: ModuleType) -> None:
+    assert build.cuda_architectures({}) == build.CUDA_ARCHITECTURES
+    assert build.cuda_architectures({"BITPALETTE_CUDA_ARCHITECTURES": "80;89"}) == ("80", "89")
+    decision = build.decide_cuda({"BITPALETTE_CUDA_ARCHITECTURES": "90"}, on_path, KERNELS)
+    assert decision.architectures == ("90",) and "sm_90 with" in decision.message
+    flags = build.gencode(("80", "90"))
+    assert flags[-1] == "-gencode=arch=compute_90,code=compute_90" and len(flags) == 3
+    for wish in ("75", "sm_90", "90;", "8 0"):
+        with pytest.raises(SystemExit, match=r"BITPALETTE_CUDA_ARCHITECTURES=.* no compute capability from 80 on"):
+            build.cuda_architectures({"BITPALETTE_CUDA_ARCHITECTURES": wish})
 
 
 def test_cuda_home_comes_before_the_path(build: ModuleType) -> None:

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -214,12 +215,16 @@ class Executor:
         """The library of these .cu and .cpp files with the executor. The mode is that of the process."""
         return Library(self.build_path(sources, mode or _mode(), defines))
 
-    def build_path(self, sources: Sequence[Path], mode: str, defines: Sequence[str] = ()) -> Path:
+    def build_path(
+        self, sources: Sequence[Path], mode: str, defines: Sequence[str] = (), includes: Sequence[str] = ()
+    ) -> Path:
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}: one of {MODES}")
         flags = [*_FLAGS, f"-I{CUDA}", f"-I{HERE}", *(f"-D{define}" for define in defines)]
+        flags += [f"-I{folder}" for folder in includes]
         objects = [self._object(HERE / name, [*_FLAGS, *_CORE[mode]]) for name in CORE]
-        objects += [self._object(source, [*flags, *_KERNEL[mode]]) for source in sources]
+        with ThreadPoolExecutor(2) as pool:  # compilers, each a process
+            objects += pool.map(lambda source: self._object(source, [*flags, *_KERNEL[mode]]), sources)
         target = self.folder / f"lib{_digest(*(o.name for o in objects))}.so"
         if not target.exists():
             self._run(["-shared", *_LINK[mode], *map(str, objects)], target)
