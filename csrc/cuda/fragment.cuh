@@ -9,7 +9,7 @@
 //     Words                             the lane's codes of the four tiles of one n16, read by load(...)
 //     fragment(words, k16, ..., a)      the values of one tile, exact, not multiplied by the scale
 //     factor                            what the values are short of: multiplied into the sums, a power of two
-//     superblock_bytes(args)            of codes
+//     superblock_bytes(args)            of codes, from least_bytes to most_bytes
 //     grouped                           whether it may have a scale for every group of columns
 #pragma once
 

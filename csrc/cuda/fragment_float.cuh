@@ -14,8 +14,9 @@ struct E4M3Fragment {
     static constexpr bool grouped = true;
     static constexpr float factor = 256.0f; // the exponents' biases: 15 of fp16, 7 of e4m3
     static constexpr int table_bytes = 0;
+    static constexpr int least_bytes = block_side * block_side, most_bytes = least_bytes;
 
-    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return block_side * block_side; }
+    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return most_bytes; }
     BP_DEVICE static void fill(const FragmentArgs&, uint8_t*, int) {}
     BP_DEVICE static Table table(const FragmentArgs&, const uint8_t*) { return {}; }
     BP_DEVICE static Zero zero(uint32_t, uint32_t) { return {}; }

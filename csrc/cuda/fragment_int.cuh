@@ -56,7 +56,9 @@ struct IntFragment {
     static constexpr float factor = 1.0f;
     static constexpr int table_bytes = 0; // of shared memory
 
-    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return Bits * block_side * block_side / 8; }
+    static constexpr int least_bytes = Bits * block_side * block_side / 8, most_bytes = least_bytes;
+
+    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return most_bytes; }
     BP_DEVICE static void fill(const FragmentArgs&, uint8_t*, int) {}
     BP_DEVICE static Table table(const FragmentArgs&, const uint8_t*) { return {}; }
     BP_DEVICE static Zero zero(uint32_t z0, uint32_t z8) { return Zero::zero(z0, z8); }
@@ -105,8 +107,9 @@ struct IntFragment<A, 8> {
     static constexpr bool grouped = true;
     static constexpr float factor = 1.0f;
     static constexpr int table_bytes = 0;
+    static constexpr int least_bytes = block_side * block_side, most_bytes = least_bytes;
 
-    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return block_side * block_side; }
+    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return most_bytes; }
     BP_DEVICE static void fill(const FragmentArgs&, uint8_t*, int) {}
     BP_DEVICE static Table table(const FragmentArgs&, const uint8_t*) { return {}; }
     BP_DEVICE static Zero zero(uint32_t z0, uint32_t z8) { return Zero::zero(z0, z8); }

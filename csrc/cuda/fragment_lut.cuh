@@ -28,8 +28,9 @@ struct LutFragment {
     static constexpr bool grouped = true;
     static constexpr float factor = 1.0f;
     static constexpr int table_bytes = 0;
+    static constexpr int least_bytes = Bits * block_side * block_side / 8, most_bytes = least_bytes;
 
-    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return Bits * block_side * block_side / 8; }
+    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return most_bytes; }
     BP_DEVICE static void fill(const FragmentArgs&, uint8_t*, int) {}
     BP_DEVICE static Table table(const FragmentArgs& args, const uint8_t*) {
         Table table = {};
@@ -74,8 +75,9 @@ struct PairFragment {
     static constexpr bool grouped = true;
     static constexpr float factor = 1.0f;
     static constexpr int table_bytes = 256 * 32 * 4;
+    static constexpr int least_bytes = block_side * block_side / 2, most_bytes = least_bytes;
 
-    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return block_side * block_side / 2; }
+    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return most_bytes; }
     // By all threads of a block; a barrier must follow.
     BP_DEVICE static void fill(const FragmentArgs& args, uint8_t* shared, int warps) {
         uint32_t* pairs = reinterpret_cast<uint32_t*>(shared);

@@ -13,6 +13,8 @@ constexpr int cannot_launch = 1; // cudaErrorInvalidValue
 constexpr int shape_count = 4, invariant_shape = 1;
 constexpr int shape_tokens[shape_count] = {8, 16, 32, 64};
 
+using Shape8 = GemmShape<8, 2, 4>; // shape 0
+
 template <class S, class F>
 struct KernelTag {
     using Shape = S;
@@ -24,7 +26,7 @@ template <class Format, class Do>
 int with_shape(int shape, Do&& act) {
     switch (shape) {
     case 0:
-        return act(KernelTag<GemmShape<8, 2, 4>, Format>());
+        return act(KernelTag<Shape8, Format>());
     case 1:
         return act(KernelTag<GemmShape<16, 2, 4>, Format>());
     case 2:

@@ -21,6 +21,7 @@ struct W4A16 {
     static constexpr bool scaled = Fragment::grouped;
     static constexpr int first_bytes = scaled ? 2 : 0; // fp16 scales
     static constexpr int table_bytes = Fragment::table_bytes;
+    static constexpr int least_bytes = Fragment::least_bytes, most_bytes = Fragment::most_bytes;
 
     struct Group {
         typename Fragment::Zero zero;

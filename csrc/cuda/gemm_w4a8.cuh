@@ -80,8 +80,9 @@ struct ChannelA8 : Int8Activations<A> {
     using Table = typename Int8Activations<A>::Table;
     static constexpr bool scaled = false;
     static constexpr int first_bytes = 0;
+    static constexpr int least_bytes = Bits * block_side * block_side / 8, most_bytes = least_bytes;
 
-    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return Bits * block_side * block_side / 8; }
+    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return most_bytes; }
     BP_DEVICE static Words load(const Table&, const uint8_t* superblock, int n16, int lane) {
         return Words::load(superblock, n16, lane);
     }
@@ -121,8 +122,9 @@ struct GroupedA8 : Int8Activations<A> {
     using Table = typename Int8Activations<A>::Table;
     static constexpr bool scaled = true;
     static constexpr int first_bytes = 2;
+    static constexpr int least_bytes = block_side * block_side / 2, most_bytes = least_bytes;
 
-    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return block_side * block_side / 2; }
+    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return most_bytes; }
     BP_DEVICE static Words load(const Table&, const uint8_t* superblock, int n16, int lane) {
         return Words::load(superblock, n16, lane);
     }
@@ -161,8 +163,9 @@ struct ProgressiveA8 : Int8Activations<A> {
     using Table = typename Int8Activations<A>::Table;
     static constexpr bool scaled = false;
     static constexpr int first_bytes = 1;
+    static constexpr int least_bytes = block_side * block_side / 2, most_bytes = least_bytes;
 
-    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return block_side * block_side / 2; }
+    BP_HOST_DEVICE static int superblock_bytes(const FragmentArgs&) { return most_bytes; }
     BP_DEVICE static Words load(const Table&, const uint8_t* superblock, int n16, int lane) {
         return Words::load(superblock, n16, lane);
     }

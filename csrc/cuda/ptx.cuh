@@ -176,6 +176,13 @@ BP_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) {
     return d;
 }
 
+// The same value, of which the compiler does not know how it came about: it stays in a register, where else its sums
+// and products would be computed anew in every round of a loop.
+BP_DEVICE int keep(int value) {
+    asm("" : "+r"(value));
+    return value;
+}
+
 // --- c + the sum of four products of bytes; u or s: how the bytes of a, then of b, are read
 
 BP_DEVICE uint32_t dp4a_uu(uint32_t a, uint32_t b, uint32_t c) {

@@ -147,6 +147,9 @@ BP_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 BP_DEVICE uint32_t funnel_right(uint32_t lo, uint32_t hi, uint32_t shift) {
     return static_cast<uint32_t>((static_cast<uint64_t>(hi) << 32 | lo) >> (shift & 31));
 }
+BP_DEVICE int keep(int value) {
+    return value;
+}
 BP_DEVICE int clz(uint32_t a) {
     return a ? __builtin_clz(a) : 32;
 }

@@ -178,6 +178,19 @@ def test_bf16(hostexec: Any, name: str) -> None:
             agree(y, x.double() @ decoded(qt).T + bias.double(), TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.parametrize("m", [32, 39])
+def test_a_rate_with_a_kernel_of_its_own(hostexec: Any, m: int) -> None:
+    """The same bits as from the kernel that learns the rate at run time; for odd m a tile's last bytes repeat."""
+    source = [HERE / "gemm_entry.cpp"]
+    fragment = f"GEMM_FORMAT=W4A16<TrellisFragment<Half,{(m + 1) // 2}>>"
+    library = hostexec.build(source, defines=[fragment, "GEMM_ONE_SHAPE=1"])
+    qt = random_weight(Scheme.from_dict({"codec": "trellis", "rate": m / 16, "window": 12}), (200, 328))
+    x = torch.randn(7, 328).half()
+    y = Run(hostexec, library, "trellis", qt, None)(x, torch.float16)
+    agree(y, x.double() @ decoded(qt).T, TOLERANCE[torch.float16])
+    assert torch.equal(y, Run(hostexec, build(hostexec, "trellis", "Half"), "trellis", qt, None)(x, torch.float16))
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_numbers_of_tokens_exactly(hostexec: Any, tokens: int) -> None:
     """Whole numbers small enough that nothing is rounded: one right answer, with any split."""
