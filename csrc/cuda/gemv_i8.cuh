@@ -72,48 +72,52 @@ class GemvI8 {
         : args_(args), across_(static_cast<int>((args.weight.k + superblock - 1) / superblock)),
           total_((args.weight.n + superblock - 1) / superblock * across_), lane_(static_cast<int>(ptx::lane())),
           warp_(static_cast<int>(ptx::warp())) {
+        tile_words_ = ptx::keep(gemv_tile_words(args.weight.row_bits));
         planes_ = args.x_low == nullptr ? 1 : 2;
         stage_bytes_ = superblock * tile_words() + superblock * Vectors;
-        ring_ = shared + warp_ * gemv_stages * stage_bytes_;
+        ring_ = shared + ptx::keep(warp_ * gemv_stages * stage_bytes_);
         sums_ = reinterpret_cast<int32_t*>(shared + gemv_warps * gemv_stages * stage_bytes_);
         last_ = reinterpret_cast<unsigned*>(sums_ + 2 * gemv_warps * superblock * Vectors);
         const int m = args.weight.row_bits, start = lane_ % 4 * m / 4; // of the lane's columns, in a row
         BP_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int bit = (half * 8 + lane_ / 4) * m + start;
-            low_[half] = bit / 32;
-            high_[half] = bit / 32 + 1 == tile_words() ? 0 : bit / 32 + 1;
+            word_[half] = bit / 32;
             shift_[half] = bit % 32;
         }
+        next_ = word_[1] + 1 == tile_words() ? 0 : word_[1] + 1; // the tile is a circle
         BP_UNROLL
         for (int j = 0; j < 3; ++j)
             window_[j] = (lane_ % 4 * 4 + j + 1) * m / 16 - start;
         mask_ = (1u << args.weight.window) - 1;
-        step_ = gemv_warps % across_;
+        row_bytes_ = across_ * superblock;
+        step_ = ptx::keep(gemv_warps % across_ * superblock);
+        to_ = ptx::keep(16 * lane_);
+        pieces_ = ptx::keep(4 * tile_words() - lane_);
     }
 
     BP_DEVICE void run() {
-        const int64_t begin = first_of(ptx::block()), end = first_of(ptx::block() + 1);
-        next_ = begin + warp_;
-        end_ = end;
-        next_column_ = static_cast<int>(next_ % across_);
-        BP_UNROLL
-        for (int stage = 0; stage < gemv_stages - 1; ++stage)
+        const int64_t begin = first_of(ptx::block()), length = first_of(ptx::block() + 1) - begin;
+        begin_fetching(begin + warp_, static_cast<int>(length) - warp_);
+        uint8_t* stage = ring_;
+        for (; stage < ring_ + (gemv_stages - 1) * stage_bytes_; stage += stage_bytes_)
             fetch(stage);
-        int stage = 0, parity = 0;
+        uint8_t *const last_stage = stage, *free_stage = stage;
+        stage = ring_;
+        int parity = 0, at = warp_; // of the run
         int64_t row = begin / across_;
-        for (int64_t first = begin, at = begin + warp_; first < end;
-             ++row, parity ^= BP_MUTATE(gemv_one_buffer, 0, 1)) {
+        for (int64_t first = begin; first < begin + length; ++row, parity ^= BP_MUTATE(gemv_one_buffer, 0, 1)) {
             const int64_t row_end = (row + 1) * across_;
-            const int64_t last = row_end < end ? row_end : end;
+            const int64_t last = row_end < begin + length ? row_end : begin + length;
             int32_t sum[Vectors][8] = {};
-            for (; at < last; at += gemv_warps) {
+            for (const int until = ptx::keep(static_cast<int>(last - begin)); at < until; at += gemv_warps) {
                 ptx::cp_async_wait<BP_MUTATE(gemv_wait_off_by_one, gemv_stages - 1, gemv_stages - 2)>();
                 // what the other lanes copied is here, and what they read in the last round is free
                 BP_MUTATE(gemv_missing_sync_warp, , ptx::sync_warp());
-                fetch(stage == 0 ? gemv_stages - 1 : stage - 1);
-                add(ring_ + stage * stage_bytes_, sum);
-                stage = stage + 1 == gemv_stages ? 0 : stage + 1;
+                fetch(free_stage);
+                add(stage, sum);
+                free_stage = stage;
+                stage = stage == last_stage ? ring_ : stage + stage_bytes_;
             }
             finish(row, first == begin, last - first == across_, sum, parity);
             first = last;
@@ -123,7 +127,7 @@ class GemvI8 {
 
   private:
     BP_DEVICE int tokens() const { return Vectors / planes_; }
-    BP_DEVICE int tile_words() const { return TileWords != 0 ? TileWords : gemv_tile_words(args_.weight.row_bits); }
+    BP_DEVICE int tile_words() const { return TileWords != 0 ? TileWords : tile_words_; }
 
     // The run of block b begins here.
     BP_DEVICE int64_t first_of(unsigned b) const { return total_ * b / static_cast<int64_t>(ptx::blocks()); }
@@ -132,23 +136,33 @@ class GemvI8 {
         return ((superblock_index + 1) * static_cast<int64_t>(ptx::blocks()) - 1) / total_;
     }
 
+    // From superblock `first` on every eighth, as long as they are less than `length` away.
+    BP_DEVICE void begin_fetching(int64_t first, int length) {
+        to_fetch_ = length;
+        codes_ = reinterpret_cast<const uint8_t*>(args_.weight.codes) + first * superblock * tile_words() + 16 * lane_;
+        const int vector = lane_ / 4 < Vectors ? lane_ / 4 : 0;
+        x_ = vector % planes_ == 0 ? args_.x : args_.x_low;
+        const int begin = vector / planes_ * row_bytes_ + lane_ % 4 * 16;
+        x_end_ = ptx::keep(begin + row_bytes_);
+        x_at_ = begin + static_cast<int>(first % across_) * superblock;
+    }
+
     // The warp's next superblock and its columns of x on the way; an empty group behind the last.
-    BP_DEVICE void fetch(int stage) {
-        if (next_ < end_) {
-            uint8_t* to = ring_ + stage * stage_bytes_;
-            const uint8_t* from =
-                reinterpret_cast<const uint8_t*>(args_.weight.codes) + next_ * superblock * tile_words();
-            for (int i = lane_; i < 4 * tile_words(); i += 32)
-                ptx::cp_async16_once(to + 16 * i, from + 16 * i, true);
-            if (lane_ < 4 * Vectors) {
-                const int vector = lane_ / 4;
-                const int8_t* x = vector % planes_ == 0 ? args_.x : args_.x_low;
-                const int64_t row = vector / planes_ * static_cast<int64_t>(across_) * superblock;
-                ptx::cp_async16(to + superblock * tile_words() + 16 * lane_,
-                                x + row + next_column_ * superblock + lane_ % 4 * 16, true);
-            }
-            next_ += gemv_warps;
-            next_column_ += step_ - (next_column_ + step_ < across_ ? 0 : across_);
+    BP_DEVICE void fetch(uint8_t* stage) {
+        if (to_fetch_ > 0) {
+            constexpr int most = 4 * (TileWords != 0 ? TileWords : gemv_tile_words(80)); // pieces of 16 bytes
+            constexpr int least = 4 * (TileWords != 0 ? TileWords : gemv_tile_words(16));
+            uint8_t* to = stage + to_;
+            BP_UNROLL
+            for (int i = 0; i < most; i += 32)
+                if (i + 32 <= least || i < pieces_)
+                    ptx::cp_async16_once(to + 16 * i, codes_ + 16 * i, true);
+            if (lane_ < 4 * Vectors)
+                ptx::cp_async16(to + superblock * tile_words(), x_ + x_at_, true);
+            to_fetch_ -= gemv_warps;
+            codes_ += gemv_warps * superblock * tile_words();
+            x_at_ += step_;
+            x_at_ -= x_at_ < x_end_ ? 0 : row_bytes_;
         }
         ptx::cp_async_commit();
     }
@@ -174,8 +188,9 @@ class GemvI8 {
                 BP_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     // the windows of the lane's four columns: the last begins 15 bits behind the first at most
-                    const uint32_t bits =
-                        ptx::funnel_right(ptx::lds(tile + low_[half]), ptx::lds(tile + high_[half]), shift_[half]);
+                    // row g's 32 bits never end in the tile's first word
+                    const uint32_t* next = half == 0 ? tile + word_[0] + 1 : tile + next_;
+                    const uint32_t bits = ptx::funnel_right(ptx::lds(tile + word_[half]), ptx::lds(next), shift_[half]);
                     BP_UNROLL
                     for (int j = 0; j < 4; ++j) {
                         const uint32_t state = (j == 0 ? bits : bits >> window_[j - 1]) & mask_;
@@ -273,15 +288,20 @@ class GemvI8 {
     int across_;    // superblocks in a row
     int64_t total_; // and in all
     int lane_, warp_, stage_bytes_;
+    int tile_words_;
     int planes_; // 1 or 2
     uint8_t* ring_;
     int32_t* sums_; // [2][warp][vector][row]
     unsigned* last_;
-    int low_[2], high_[2]; // words of a tile with the lane's windows, of rows g and g + 8
+    int word_[2], next_; // of a tile: where the lane's windows of rows g and g + 8 begin; where the latter's end
     int shift_[2], window_[3];
     uint32_t mask_;
-    int64_t next_ = 0, end_ = 0; // superblocks of the warp that are still to be fetched
-    int next_column_ = 0, step_;
+    const uint8_t* codes_; // what is fetched next: this lane's 16 bytes of the codes
+    const int8_t* x_;      // and of its vector of x, from
+    int x_at_, x_end_;     // here on; where a row ends
+    int step_, row_bytes_; // of x: from fetch to fetch, and all columns
+    int to_fetch_;         // superblocks as far as the end of the run
+    int to_, pieces_;      // in a stage; 16 bytes of codes from there on
 };
 
 template <int TileWords, int Vectors>
