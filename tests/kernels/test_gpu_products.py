@@ -120,16 +120,21 @@ def exact_in(scheme: Scheme, dtype: torch.dtype) -> bool:
 def test_one_hot_gives_back_every_weight(
     gpu_kernel: Any, gpu_scheme: Scheme, dtype: torch.dtype, gpu_weight: Callable[..., Any], gpu: torch.device
 ) -> None:
-    """Bit for bit what the codec decodes, rounded once: every weight of a ragged shape, by itself."""
-    if not exact_in(gpu_scheme, dtype):
-        pytest.skip(f"{dtype} rounds what {gpu_scheme} decodes")
+    """Bit for bit what the codec decodes, rounded once: every weight of a ragged shape, by itself.
+
+    Twice where operands round it too; `progressive` multiplies 127 by scale / 127.
+    """
     shape = (77, 203) if getattr(gpu_scheme, "group_size", 0) <= 203 else (77, 267)
     weight = gpu_weight(gpu_kernel, gpu_scheme, shape)
     eye = torch.eye(shape[1], device=gpu).to(dtype)
     counts = (1, 8, 33, 203) if gpu_kernel.name == "cuda" else (203,)
     for tokens in counts:
         got = torch.cat([weight(part) for part in eye.split(tokens)])
-        assert torch.equal(got, weight.decoded.T.to(dtype)), tokens
+        if exact_in(gpu_scheme, dtype):
+            assert torch.equal(got, weight.decoded.T.to(dtype)), tokens
+        else:
+            error = (got.double() - weight.decoded.T).abs()
+            assert bool((error <= 2.01 * EPSILON[dtype] * weight.decoded.T.abs()).all()), tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
