@@ -1,10 +1,12 @@
 """What nvcc makes of every CUDA kernel, without a GPU: registers, spills, and instructions per weight.
 
     python bench/static.py [--arch sm_80 ...] [--file gemm_w4a16 ...] [--out FOLDER] [--check] [--jobs 2]
+                           [--triton]
 
 prints a line for each kernel and architecture, and ends with 1 and a line for each violation of static_budget.py.
 --out writes the table, one CSV an architecture; bench/results/static has the committed one, in which a regression shows
-as a difference. --check prints what has changed since: that alone is no failure, compilers differ.
+as a difference. --check prints what has changed since: that alone is no failure, compilers differ. --triton adds the
+table and the gate of static_triton.py, for the kernels that Triton compiles.
 
 Columns: registers and bytes of spills; loop: instructions of the main loop; round: of the shortest way through it that
 leaves out no product and no copy (static_sass.py), of which the rest are parts; in: loops inside; m: matrix
@@ -189,8 +191,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--file", nargs="+", default=sources(), choices=sources(), help="of csrc/cuda")
     parser.add_argument("--out", type=Path, help="folder to write the table to")
     parser.add_argument("--check", action="store_true", help="print what differs from bench/results/static")
+    parser.add_argument("--triton", action="store_true", help="Triton's kernels as well")
     parser.add_argument("--jobs", type=int, default=2, choices=(1, 2), help="compilers at once")
     return parser.parse_args(argv)
+
+
+def triton_violations() -> list[str]:
+    """Prints the table of Triton's kernels; what its gate refuses."""
+    import static_triton  # here: it imports triton, which is not everywhere
+
+    wrong = []
+    print(static_triton.HEADER)
+    for report in static_triton.reports():
+        print(report.row(), flush=True)
+        wrong += report.violations()
+    return wrong
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = arguments.out / f"{arch}.csv"
             write_rows(path, merged(read_rows(path), rows, arguments.file))
             (arguments.out / "compiler.txt").write_text(compiler_version() + "\n")
+    if arguments.triton:
+        wrong += triton_violations()
     print("\n".join(wrong) or "no violations")
     return 1 if wrong else 0
 

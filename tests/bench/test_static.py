@@ -38,6 +38,13 @@ GEMM = "gemm_kernel<GemmShape<8, 2, 4, 1>, W4A16<IntFragment<Half, 4> > >"
             32,
         ),
         ("gemm_kernel<GemmShape<8, 2, 4, 1>, GroupedA8<Half> >", "gemm_w4a8 int4 grouped fp16 8 tokens", 8, 128, 8),
+        (
+            "gemm_kernel<GemmShape<8, 2, 4, 1>, W4A16<TrellisFragment<Half, 20> > >",
+            "gemm trellis 2.5 bits fp16 8 tokens",
+            8,
+            128,
+            16,
+        ),
         ("gemv_i8_kernel<20, 1>", "gemv_i8 trellis 2.5 bits 1 vector", 1, 128, 0),
         ("gemv_i8_kernel<0, 4>", "gemv_i8 trellis any rate 4 vectors", 4, 128, 0),
         ("dequantize_kernel<(Format)4, (Dtype)2>", "dequantize progressive bf16", 0, 0, 0),
@@ -61,6 +68,19 @@ def test_budgets_are_those_of_the_memory() -> None:
     assert limit is not None
     assert limit.alu == pytest.approx(2.47 * 1.25, rel=0.01) and limit.issue == pytest.approx(4.95 * 1.25, rel=0.01)
     assert static_budget.budget(kernel(GEMM.replace("<8, 2, 4, 1>", "<16, 2, 4, 1>"))) is None
+
+
+def test_budgets_of_the_trellis_are_those_of_its_decoder() -> None:
+    def limit(name: str) -> tuple[float, float]:
+        found = static_budget.budget(kernel(name))
+        assert found is not None
+        return found.alu / 1.25, found.issue / 1.25
+
+    assert limit("gemv_i8_kernel<16, 1>") == pytest.approx((1.74 + 0.5, 3.6 + 0.5))
+    assert limit("gemv_i8_kernel<0, 2>") == pytest.approx((1.74 + 0.5 + 3 / 8, 3.6 + 0.5 + 3 / 8 + 1))
+    gemm = GEMM.replace("IntFragment<Half, 4>", "TrellisFragment<Half, 16>")
+    assert limit(gemm) == pytest.approx((2.25 + 0.5, 4.6 + 0.5))
+    assert limit(gemm.replace("Half", "BFloat")) == pytest.approx((2.25 + 0.5, 4.6 + 1))
 
 
 # -- a kernel that is right, and what is wrong with it when it is changed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from static_sass import Instruction, functions, hot_loop, loops
+from static_sass import Instruction, functions, hot_loop, loops, shortest_round
 
 # cuobjdump's form: an address, the instruction, its encoding in two lines. Two nested loops: the inner one from 0x30 to
 # 0xb0 has the matrix instructions, the outer one from 0x10 to 0xd0 all of them and one bit operation more.
@@ -54,7 +54,7 @@ def test_a_branch_backwards_is_a_loop_and_one_to_itself_is_not(code: list[Instru
 def test_the_hot_loop_is_the_smallest_with_all_matrix_instructions(code: list[Instruction]) -> None:
     loop = hot_loop(code)
     assert loop is not None
-    assert (loop.issue, loop.inner, loop.matrix) == (9, 0, 1)
+    assert (loop.issue, loop.size, loop.inner, loop.matrix) == (9, 9, 0, 1)
     assert (loop.alu, loop.fma, loop.conversions) == (1, 1, 0)  # ISETP; HADD2; I2F is outside
     # the placeholder behind !PT is issued and nothing else
     assert loop.lds == 2
@@ -79,3 +79,39 @@ def test_dot_products_tell_the_main_loop_from_others() -> None:
 
 def test_no_loop() -> None:
     assert hot_loop(functions(LISTING)["_Z5otherv"]) is None
+
+
+# A loop from 0x00 to 0xa0. What is done once a tile, 0x20 and 0x30, is skipped by most rounds; 0x60 as well, but a copy
+# behind the same branch is not.
+BRANCHES = """
+		Function : _Z1kv
+        /*0000*/                   LDS.64 R4, [R3] ;
+        /*0010*/              @P0  BRA 0x40 ;
+        /*0020*/                   IMAD.WIDE R6, R8, 0x400, R6 ;
+        /*0030*/                   IADD3 R9, R9, 0x1, RZ ;
+        /*0040*/                   HMMA.16816.F32 R32, R36, R24, R32 ;
+        /*0050*/              @P1  BRA 0x80 ;
+        /*0060*/                   IADD3 R10, R10, 0x1, RZ ;
+        /*0070*/                   LDGSTS.E.BYPASS.128 [R29], [R24.64] ;
+        /*0080*/                   ISETP.GE.AND P0, PT, R63, R71, PT ;
+        /*0090*/              @P2  BRA 0x40 ;
+        /*00a0*/              @!P0 BRA 0x0 ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_a_round_leaves_out_what_a_branch_skips_but_no_product_and_no_copy() -> None:
+    body = functions(BRANCHES)["_Z1kv"][:-1]
+    way = shortest_round(body)
+    assert way is not None
+    assert [i.address for i in way] == [0x00, 0x10, 0x40, 0x50, 0x60, 0x70, 0x80, 0x90, 0xA0]
+    loop = hot_loop([*body, *functions(BRANCHES)["_Z1kv"][-1:]])
+    assert loop is not None and loop.way
+    # two branches go back: the smaller loop has the same products
+    assert (loop.issue, loop.size, loop.inner) == (6, 6, 0)
+
+
+def test_a_copy_that_no_way_passes_is_noticed() -> None:
+    """Moved behind the loop's end: the count would be of another loop."""
+    body = functions(BRANCHES.replace("@P1  BRA 0x80", "     BRA 0x80"))["_Z1kv"][:-1]
+    assert shortest_round(body) is None
