@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: before torch makes its threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 VOCAB = 203
 DENSE: dict[str, Any] = {
@@ -335,7 +339,9 @@ def hostexec(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no g++")
     built = os.environ.get("HOSTEXEC_CACHE")  # a folder that outlives the session
-    return driver.Executor(Path(built) if built else tmp_path_factory.getbasetemp() / "hostexec")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # what one process has built, all use
+    return driver.Executor(Path(built) if built else shared / "hostexec")
 
 
 @pytest.fixture
