@@ -235,7 +235,7 @@ def test_changes_are_told() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_committed_table_has_no_spills(arch: str) -> None:
+def test_the_committed_table_passes(arch: str) -> None:
     rows = static.read_rows(static.RESULTS / f"{arch}.csv")
     assert len(rows) > 150
     assert {row["spill"] + row["stack"] for row in rows} == {"00"}
