@@ -17,6 +17,7 @@ from torch import Tensor
 from ..quant.codec import get_codec
 from ..quant.scheme import Scheme
 from ..quant.tensor import QuantizedTensor
+from .measured_choice import measured_order
 from .registry import kernels
 
 FORCE_VARIABLE = "BITPALETTE_KERNEL"
@@ -88,9 +89,10 @@ class TransformingKernel(Protocol):
 
 
 def choose(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> Kernel:
-    """The kernel for a weight of `shape` on `device`: the forced one, else the first that can, fastest first.
+    """The kernel for a weight of `shape` on `device`: the forced one, else the fastest that can.
 
-    BITPALETTE_KERNEL=name forces one. KernelError where it cannot, with its reason. Called once a layer, at prepare.
+    Fastest by what was measured for this scheme, shape and GPU (`measured_choice`), else by rank. BITPALETTE_KERNEL=name
+    forces one. KernelError where it cannot, with its reason. Called once a layer, at prepare.
     """
     bare = scheme.replace(transforms=())
     forced = os.environ.get(FORCE_VARIABLE)
@@ -104,8 +106,9 @@ def choose(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> Kern
                 f"unset {FORCE_VARIABLE} to let bitpalette choose"
             )
         return kernels()[forced]
+    order = measured_order(bare, shape, device)
     reasons = []
-    for kernel in kernels().values():
+    for kernel in sorted(kernels().values(), key=lambda kernel: order.get(kernel.name, len(order))):
         reason = kernel.why_not(bare, shape, device)
         if reason is None:
             return kernel
@@ -114,7 +117,7 @@ def choose(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> Kern
 
 
 def explain(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> dict[str, str | None]:
-    """{kernel: why not, or None where it can}, fastest first: the answer to "why is this layer slow?"."""
+    """{kernel: why not, or None where it can}, by rank: the answer to "why is this layer slow?"."""
     bare = scheme.replace(transforms=())
     return {name: kernel.why_not(bare, shape, device) for name, kernel in kernels().items()}
 

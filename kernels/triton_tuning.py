@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from .cache_folder import cache_folder, device_slug
 from .triton_launch import INTERPRETED, Launch, Problem, candidates, default_launch
 from .triton_runtime import interpreting
 
-CACHE_VARIABLE = "BITPALETTE_CACHE"
 TUNE_VARIABLE = "BITPALETTE_TRITON_TUNE"
 
 Run = Callable[[Launch], object]
@@ -71,11 +70,7 @@ def tune(problem: Problem, launches: list[Launch], run: Run) -> Launch:
 
 def cache_file(device_name: str) -> Path:
     """Where launches for GPUs of this name are kept."""
-    folder = os.environ.get(CACHE_VARIABLE)
-    if not folder:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bitpalette")
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return Path(folder) / f"triton-{slug}-{_source_hash()}.json"
+    return cache_folder() / f"triton-{device_slug(device_name)}-{_source_hash()}.json"
 
 
 @cache

@@ -92,7 +92,7 @@ def packed_contender(
     kernel: Kernel, isa: str, qt: QuantizedTensor, dtype: torch.dtype, expected: Expected
 ) -> Contender:
     """`kernel` with its own layout of qt, for inputs of `dtype`."""
-    master = _clone(kernel.prepare(qt))  # a kernel that shared qt's fields would read what another has just read
+    master = clone(kernel.prepare(qt))  # a kernel that shared qt's fields would read what another has just read
     return Contender(
         kernel=kernel.name,
         scheme=scheme_label(qt.scheme),
@@ -101,7 +101,7 @@ def packed_contender(
         shape=master.shape,
         nbytes=master.nbytes,
         first=_linear(kernel, master),
-        new_copy=lambda: _linear(kernel, _clone(master)),
+        new_copy=lambda: _linear(kernel, clone(master)),
         to_input=lambda x: x.to(dtype),
         expected=expected,
     )
@@ -111,7 +111,8 @@ def _linear(kernel: Kernel, packed: Packed) -> Call:
     return lambda x: kernel.linear(x, packed, None)
 
 
-def _clone(packed: Packed) -> Packed:
+def clone(packed: Packed) -> Packed:
+    """A copy in memory of its own, with nothing that a kernel kept."""
     return dataclasses.replace(packed, tensors={k: t.clone() for k, t in packed.tensors.items()}, handle=None)
 
 

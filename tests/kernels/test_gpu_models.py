@@ -128,10 +128,12 @@ def test_a_checkpoint(where: str, packed: Any, ids: Tensor, gpu: torch.device, m
     """`bitpalette.load` and transformers' device_map="auto"; formats/ needs pydantic, which a GPU machine may lack."""
     pytest.importorskip("pydantic")
     import bitpalette
+    from bitpalette.formats.manifest import write_manifest
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv(FORCE_VARIABLE, "reference")
     path = packed("llama").path
+    write_manifest(path)
     with torch.no_grad():
         model = bitpalette.load(path)
         want, logits = greedy(model, ids), model(ids).logits
