@@ -83,7 +83,7 @@ class _Softmax:
         self.out = q.new_zeros(*q.shape[:-1], head_dim_v)
 
     def absorb(self, k: Tensor, v: Tensor, token: Tensor) -> None:
-        """k, v [batch, kv_heads, t, D]; token int64 [batch, t]: the place of each in its row, negative: there is none."""
+        """k, v [batch, kv_heads, t, D]; token int64 [batch, t]: the place of each in its row, negative: none."""
         there = token >= 0
         if not bool(there.any()):
             return
