@@ -21,7 +21,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: before torch makes its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 VOCAB = 203
 DENSE: dict[str, Any] = {
