@@ -127,9 +127,10 @@ def test_gradients_reach_the_input(gpu: torch.device, monkeypatch: Any) -> None:
 def test_a_checkpoint(where: str, packed: Any, ids: Tensor, gpu: torch.device, monkeypatch: Any) -> None:
     """`bitpalette.load` and transformers' device_map="auto"; formats/ needs pydantic, which a GPU machine may lack."""
     pytest.importorskip("pydantic")
+    from transformers import AutoModelForCausalLM
+
     import bitpalette
     from bitpalette.formats.manifest import write_manifest
-    from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv(FORCE_VARIABLE, "reference")
     path = packed("llama").path
