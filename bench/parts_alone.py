@@ -1,7 +1,7 @@
 """Import this first where pydantic is missing: bitpalette's parts that need none of it can then be imported.
 
-`import bitpalette` registers its checkpoints with transformers, for which formats/ parses files with pydantic. A machine
-with a GPU that is lent for tests may have neither that nor a way to install it, and kernels/, quant/ and calibrate/ do
+`import bitpalette` registers its checkpoints with transformers, for which formats/ parses files with pydantic. A GPU
+machine that is lent for tests may have neither that nor a way to install it, and kernels/, quant/ and calibrate/ do
 without. With pydantic this changes nothing. As a plugin: `pytest -p bench.parts_alone`.
 """
 

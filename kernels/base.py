@@ -91,8 +91,8 @@ class TransformingKernel(Protocol):
 def choose(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> Kernel:
     """The kernel for a weight of `shape` on `device`: the forced one, else the fastest that can.
 
-    Fastest by what was measured for this scheme, shape and GPU (`measured_choice`), else by rank. BITPALETTE_KERNEL=name
-    forces one. KernelError where it cannot, with its reason. Called once a layer, at prepare.
+    Fastest by what was measured for this scheme, shape and GPU (`measured_choice`), else by rank.
+    BITPALETTE_KERNEL=name forces one. KernelError where it cannot, with its reason. Called once a layer, at prepare.
     """
     bare = scheme.replace(transforms=())
     forced = os.environ.get(FORCE_VARIABLE)

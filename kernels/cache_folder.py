@@ -1,4 +1,4 @@
-"""Where what was measured on this machine's GPUs is kept: BITPALETTE_CACHE, or bitpalette in the user's cache folder."""
+"""Where what was measured on this machine's GPUs is kept: BITPALETTE_CACHE, or bitpalette in the user's caches."""
 
 from __future__ import annotations
 

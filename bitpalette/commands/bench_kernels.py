@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Many = list[str] | None
 
-DASHES = ("--", "-", "-.", ":")
+DASHES = ("--", "-", "-.", ":", "--")
 """Of torch's linear layers in the picture."""
 
 
@@ -49,7 +49,17 @@ def kernels(
         Many, typer.Option(help="An instruction set; may be repeated.", show_default="all of the machine")
     ] = None,
     threads: Annotated[list[int] | None, typer.Option(help="May be repeated.", show_default="torch's")] = None,
-    dtype: Annotated[str, typer.Option(help="Of inputs and outputs: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of inputs and outputs: float32, bfloat16 or float16.",
+            show_default="float32; on a GPU float16",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    store: Annotated[
+        bool, typer.Option("--store", help="Choose kernels by these times from now on, for this GPU's layers.")
+    ] = False,
     rounds: Annotated[int, typer.Option(help="In each, every kernel runs once.")] = 32,
     seconds: Annotated[
         float, typer.Option(help="For one kernel at one count of tokens, about: slow ones take part in fewer rounds.")
@@ -65,9 +75,13 @@ def kernels(
 ) -> None:
     """Time of one linear layer with each kernel, interleaved with torch's own and with a loop that only reads.
 
+    On a GPU: in CUDA graphs, beside cuBLAS and a device copy.
+
     Exit code 1 where a kernel computed something wrong: it is not timed then.
     """
+    from ..calibrate.plan import PlanError
     from ..formats.atomic import write_atomically
+    from ..kernel_bench.gpu_run import measure_on_gpu, store_rows
     from ..kernel_bench.rows import to_csv
     from ..kernel_bench.run import measure
     from ..kernel_bench.shapes import SCHEMES, choose_layers, choose_schemes
@@ -75,13 +89,18 @@ def kernels(
     check_plot(plot)
     _check_csv(csv)
     layers, schemes = choose_layers(shape or (), model or ()), choose_schemes(scheme or SCHEMES)
-    settings = _settings(tokens, isa, kernel, threads, dtype, rounds, seconds, clock, memory, seed)
+    settings = _settings(tokens, isa, kernel, threads, dtype, rounds, seconds, clock, memory, seed, device)
+    if store and settings.device.type == "cpu":
+        raise PlanError("--store is for GPUs, whose kernels are chosen by measured times: add --device cuda")
     rows: list[Row] = []
     with _progress() as step:
-        for some in measure(layers, schemes, settings, step):
+        for some in (measure if settings.device.type == "cpu" else measure_on_gpu)(layers, schemes, settings, step):
             rows += some
             if csv is not None:  # after each: hours of measurements survive an interruption
                 write_atomically(csv, to_csv(rows).encode())
+    if store:
+        path = store_rows(rows, schemes, rows[0].device)
+        print(f"kernels of these shapes are chosen by {path}", file=sys.stderr)
     if json_output:
         print(json.dumps({"about": _about(settings), "rows": [asdict(row) for row in rows]}))
     else:
@@ -97,16 +116,19 @@ def _settings(
     isa: Many,
     kernel: Many,
     threads: list[int] | None,
-    dtype: str,
+    dtype: str | None,
     rounds: int,
     seconds: float,
     clock: str,
     memory: str,
     seed: int,
+    device: str,
 ) -> Settings:
     import torch
 
     from ..calibrate.plan import PlanError
+    from ..kernel_bench.gpu_rounds import l2_bytes
+    from ..kernel_bench.gpu_run import choose_device
     from ..kernel_bench.rounds import FEWEST_ROUNDS
     from ..kernel_bench.run import Settings, cache_bytes, check_clock, choose_isas, choose_kernels
     from ..kernel_bench.shapes import TOKENS
@@ -116,8 +138,19 @@ def _settings(
             if n < 1:
                 raise PlanError(f"{name} is at least 1; got {n}")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
+    if dtype is not None and dtype not in dtypes:
         raise PlanError(f"--dtype is one of {list(dtypes)}; got {dtype!r}")
+    where = choose_device(device)
+    on_cpu = where.type == "cpu"
+    if not on_cpu:
+        for option, value in (("--isa", isa), ("--threads", threads)):
+            if value:
+                raise PlanError(f"{option} is of CPU kernels; leave it out with --device {device}")
+        if clock != "wall":
+            raise PlanError(f"--clock {clock} is of CPU kernels; a GPU's time is taken by CUDA events")
+        if dtype == "float32":
+            raise PlanError(f"--dtype float32 with --device {device}: its kernels multiply float16 and bfloat16")
+    dtype = dtype or ("float32" if on_cpu else "float16")
     if rounds < FEWEST_ROUNDS:
         raise PlanError(f"--rounds is at least {FEWEST_ROUNDS}; got {rounds}")
     if not 0 < seconds < float("inf"):
@@ -134,16 +167,17 @@ def _settings(
     check_clock(clock, chosen)
     return Settings(
         tokens=tuple(sorted(set(tokens or TOKENS))),
-        isas=choose_isas(isa or ()),
+        isas=choose_isas(isa or ()) if on_cpu else (),
         kernels=choose_kernels(kernel or ()),
         threads=chosen,
         dtype=dtypes[dtype],
         rounds=rounds,
         seconds=seconds,
         memory=nbytes,
-        cache=cache_bytes(),
+        cache=cache_bytes() if on_cpu else l2_bytes(where),
         seed=seed,
         clock=clock,
+        device=where,
     )
 
 
@@ -179,23 +213,25 @@ def _progress() -> Iterator[Any]:
 def _about(settings: Settings) -> dict[str, Any]:
     """What the figures depend on."""
     from .. import __version__
-    from ..kernel_bench.rounds import MARGIN
+    from ..kernel_bench import gpu_rounds, gpu_run, rounds
     from ..provenance import commit, last_level_cache, processor
 
+    on_cpu = settings.device.type == "cpu"
+    margin = rounds.MARGIN if on_cpu else gpu_rounds.MARGIN
     return {
-        "device": processor(),
+        "device": processor() if on_cpu else gpu_run.device_name(settings.device),
         "commit": commit(),
         "bitpalette": __version__,
         "threads": list(settings.threads),
         "isas": list(settings.isas),
         "dtype": str(settings.dtype).removeprefix("torch."),
-        "clock": settings.clock,
+        "clock": settings.clock if on_cpu else gpu_run.CLOCK,
         "rounds": settings.rounds,
         "seconds": settings.seconds,
         "memory": settings.memory,
         "cache": settings.cache,
-        "cache_assumed": last_level_cache() is None,
-        "footprint_wanted": int(MARGIN * settings.cache),
+        "cache_assumed": on_cpu and last_level_cache() is None,
+        "footprint_wanted": int(margin * settings.cache),
         "seed": settings.seed,
     }
 
@@ -210,12 +246,14 @@ def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
     for key in measured:
         layer, out, n, tokens, threads = key
         some = [r for r in rows if (r.layer, r.out_features, r.in_features, r.tokens, r.threads) == key]
-        title = f"{layer} {out} x {n}, tokens: {tokens}, threads: {threads}".strip()
+        title = f"{layer} {out} x {n}, tokens: {tokens}{f', threads: {threads}' if threads else ''}".strip()
         table = Table(box=None, title=title, title_justify="left", title_style="bold")
         for column in ("scheme", "kernel", "isa"):
             table.add_column(column, overflow="fold")
-        speeds = ("x fp32", "x bf16", "x int4", "x int8", *(("x 1 thread",) if _several_threads(some) else ()))
-        for column in ("bits", "rounds", "median us", "p20", "p80", "Gw/s", "GB/s", "of read", *speeds, "error"):
+        names = [name for name, _ in _baselines(settings)]
+        speeds = (*names, *(("x 1 thread",) if _several_threads(some) else ()))
+        share = "of read" if settings.device.type == "cpu" else "of copy"
+        for column in ("bits", "rounds", "median us", "p20", "p80", "Gw/s", "GB/s", share, *speeds, "error"):
             table.add_column(column, justify="right")
         scheme = some[0].scheme
         for r in some:
@@ -223,19 +261,26 @@ def _print_tables(rows: Sequence[Row], settings: Settings) -> None:
                 table.add_section()
             scheme = r.scheme
             if r.median_us is not None:
-                table.add_row(*_cells(r, _several_threads(some)))
+                table.add_row(*_cells(r, settings, _several_threads(some)))
         console.print(table)
         _print_notes(console, some)
         console.print()
     about = _about(settings)
     console.print(
         f"{about['device']}; {about['dtype']}; last-level cache {settings.cache >> 20} MiB"
-        f"{' (assumed)' if about['cache_assumed'] else ''}; up to {settings.rounds} rounds, {settings.clock} time; "
+        f"{' (assumed)' if about['cache_assumed'] else ''}; up to {settings.rounds} rounds, {about['clock']} time; "
         f"commit {about['commit'] or 'unknown'}"
     )
 
 
-def _cells(r: Row, with_one_thread: bool) -> list[str]:
+def _baselines(settings: Settings) -> list[tuple[str, str]]:
+    """(column, field of a row) of the speeds over torch's linear layers."""
+    if settings.device.type != "cpu":
+        return [("x fp16", "x_float16"), ("x bf16", "x_bfloat16")]
+    return [("x fp32", "x_float32"), ("x bf16", "x_bfloat16"), ("x int4", "x_int4"), ("x int8", "x_int8")]
+
+
+def _cells(r: Row, settings: Settings, with_one_thread: bool) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
@@ -246,7 +291,7 @@ def _cells(r: Row, with_one_thread: bool) -> list[str]:
         *(number(v, ".1f") for v in (r.median_us, r.p20_us, r.p80_us)),
         *(number(v, ".2f") for v in (r.gweights_per_s, r.gbytes_per_s)),
         number(r.read_share, ".0%"),
-        *(number(v, ".2f") for v in (r.x_float32, r.x_bfloat16, r.x_int4, r.x_int8)),
+        *(number(getattr(r, name), ".2f") for _, name in _baselines(settings)),
         *((number(r.x_one_thread, ".2f"),) if with_one_thread else ()),
         number(r.error, ".1e"),
     ]
@@ -275,15 +320,16 @@ def _write_plot(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.figure import Figure
 
     from ..kernel_bench.baselines import NAMES
+    from ..kernel_bench.gpu_contenders import TORCH
 
     timed = [r for r in rows if r.x_bfloat16 is not None]
     panels = list(dict.fromkeys((r.out_features, r.in_features, r.threads) for r in timed))
     wide = min(2, max(1, len(panels)))
     high = max(1, -(-len(panels) // wide))
     figure = Figure(figsize=(7 * wide, 4.5 * high + 1), layout="constrained")
-    schemes = dict.fromkeys(r.scheme for r in timed if r.kernel not in NAMES)
+    schemes = dict.fromkeys(r.scheme for r in timed if r.kernel not in (*NAMES, *TORCH))
     styles: dict[str, Any] = {k: {"color": colormaps["tab20"](i % 20)} for i, k in enumerate(schemes)}
-    styles |= {k: {"linestyle": v, "color": "grey"} for k, v in zip(NAMES, DASHES, strict=True)}
+    styles |= {k: {"linestyle": v, "color": "grey"} for k, v in zip((*NAMES, "torch.float16"), DASHES, strict=True)}
     grid = figure.subplots(high, wide, squeeze=False)
     for i, (out, n, threads) in enumerate(panels):
         axes = grid[i // wide][i % wide]
@@ -298,7 +344,8 @@ def _write_plot(path: Path, rows: Sequence[Row]) -> None:
         counts = sorted({r.tokens for r in here})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, list(map(str, counts)))
-        axes.set_title(f"{out} x {n}, {threads} thread{'s' if threads > 1 else ''}, {here[0].device}", fontsize=10)
+        on = f"{threads} thread{'s' if threads > 1 else ''}, " if threads else ""
+        axes.set_title(f"{out} x {n}, {on}{here[0].device}", fontsize=10)
         axes.grid(alpha=0.3, which="both")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)

@@ -1,4 +1,4 @@
-"""What is compared on a GPU: the registry's kernels, a weight dequantized for every call, torch's own 16-bit product."""
+"""What is compared on a GPU: the registry's kernels, a weight dequantized for each call, torch's 16-bit product."""
 
 from __future__ import annotations
 

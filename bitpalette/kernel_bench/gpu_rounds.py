@@ -127,9 +127,10 @@ def time_on_gpu(
 
 
 def _rounds(graphs: Sequence[tuple[Timed, Graph]], rounds: int, copier: Copier, device: torch.device) -> None:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(len(graphs) + 1)]
+    runs: list[Callable[[], None]] = [copier, *(graph.replay for _, graph in graphs)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
     for r in range(-WARM_UP, rounds):
-        for run, (start, stop) in zip([copier, *(graph.replay for _, graph in graphs)], events, strict=True):
+        for run, (start, stop) in zip(runs, events, strict=True):
             start.record(torch.cuda.current_stream(device))
             run()
             stop.record(torch.cuda.current_stream(device))

@@ -29,7 +29,7 @@ class Row:
     """Of the input and output."""
     threads: int
     clock: str
-    """wall, or cpu: what the process computed."""
+    """wall; cpu: what the process computed; gpu: CUDA events."""
     packed_bits: float | None = None
     """Bits a weight, everything that the kernel reads counted."""
     rounds: int = 0
@@ -43,14 +43,18 @@ class Row:
     gbytes_per_s: float | None = None
     """Packed bytes / time."""
     read_gbytes_per_s: float | None = None
-    """Of a loop that only reads, in the same rounds."""
+    """Of a loop that only reads, in the same rounds; on a GPU of a copy, its reads and its writes."""
     read_share: float | None = None
     read_share_p20: float | None = None
     read_share_p80: float | None = None
     x_float32: float | None = None
-    """Times the speed of torch's float32 linear; so for the other three."""
+    """Times the speed of torch's float32 linear; so for the others."""
     x_float32_p20: float | None = None
     x_float32_p80: float | None = None
+    x_float16: float | None = None
+    """On a GPU."""
+    x_float16_p20: float | None = None
+    x_float16_p80: float | None = None
     x_bfloat16: float | None = None
     x_bfloat16_p20: float | None = None
     x_bfloat16_p80: float | None = None

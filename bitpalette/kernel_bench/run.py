@@ -15,7 +15,7 @@ from ..quant.native import available_isas, isa_index
 from ..quant.scheme import Scheme, SchemeError
 from ..quant.tensor import stored_bytes
 from .baselines import NAMES, baseline, baseline_bytes
-from .contender import Absent, Call, Contender, expected_output, packed_contender, scheme_label, variants
+from .contender import CPU, Absent, Call, Contender, expected_output, packed_contender, scheme_label, variants
 from .random_weight import random_weight
 from .rounds import CLOCKS, MARGIN, Reader, make_reader, time_rounds
 from .rows import Place, Row, absent_row, row_of
@@ -41,6 +41,8 @@ class Settings:
     cache: int
     seed: int
     clock: str = "wall"
+    device: torch.device = CPU
+    """A CPU: `measure`; a GPU: `gpu_run.measure_on_gpu`, for which threads, isas, seconds and clock say nothing."""
 
 
 def choose_kernels(names: Sequence[str]) -> tuple[str, ...]:

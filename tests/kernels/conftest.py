@@ -1,4 +1,4 @@
-"""For the tests on a GPU (test_gpu_*.py): the device, every format of the packed tiles, memory with guards around it."""
+"""For the tests on a GPU (test_gpu_*.py): the device, every format of the packed tiles, memory with guards."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def natural(codes: Tensor, columns: int) -> Tensor:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(int64 [tokens, columns], float32 [tokens]) on the CPU: x * (127 / largest) to the nearest, to even; largest / 127.
+    """(int64 [tokens, columns], float32 [tokens]) on the CPU: x * (127 / largest) to nearest even; largest / 127.
 
     Both divided as IEEE says, of two tensors: torch multiplies by the reciprocal of a number, on a GPU, or for one.
     """
