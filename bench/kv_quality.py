@@ -31,7 +31,8 @@ def key_means(model: Any, tokens: Tensor) -> dict[int, Tensor]:
     """{layer: float32 [kv_heads, head_dim]} of the keys of tokens int64 [rows, n]."""
     cache = DynamicCache(config=model.config)
     model(input_ids=tokens, past_key_values=cache)
-    return {i: layer.keys.float().mean((0, 2)) for i, layer in enumerate(cache.layers)}
+    layers: list[Any] = cache.layers
+    return {i: layer.keys.float().mean((0, 2)) for i, layer in enumerate(layers)}
 
 
 @torch.inference_mode()
