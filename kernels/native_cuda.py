@@ -64,6 +64,8 @@ def why_not_device(device: torch.device) -> str | None:
     reason = why_no_cuda_module()
     if reason is not None:
         return reason
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device here"
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"needs compute capability 8.0; {device} has {capability[0]}.{capability[1]}"
