@@ -140,7 +140,8 @@ def test_cut_off():
 def test_reports_survive_a_run_that_is_cut_off(bench: Any, tmp_path: Path) -> None:
     file, log = tmp_path / "test_some.py", tmp_path / "log.jsonl"
     file.write_text(FILE)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPU_TEST_LOG": str(log)}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**outside, "PYTHONPATH": str(ROOT), "GPU_TEST_LOG": str(log)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.report_log", "-p", "no:cacheprovider", str(file)]
     subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
     found = bench("on_gpu").counted(log)
