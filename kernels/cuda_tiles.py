@@ -281,7 +281,10 @@ def _on_16_bytes(x: Tensor) -> Tensor:
     """x [tokens, in] with rows on 16 bytes, padded with zeros to 8 columns where they are not."""
     if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % 8)).contiguous()
+    if x.shape[1] % 8:
+        return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
+    # .contiguous() would leave a single row alone, whatever its stride and its address
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _address(tensor: Tensor | None) -> int:
