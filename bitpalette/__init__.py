@@ -6,6 +6,7 @@ from .api import compile_checkpoint, generate, load, quantize_linear, quantize_m
 from .calibrate.plan import Plan, Rule
 from .calibrate.text import Calibration
 from .kernels.linear import QuantLinear
+from .kv_cache import QuantizedCache
 from .quant.scheme import Scheme, SchemeError
 from .quant.solver import quantize_tensor
 from .quant.stats import Stats
@@ -15,6 +16,7 @@ __all__ = [
     "Calibration",
     "Plan",
     "QuantLinear",
+    "QuantizedCache",
     "QuantizedTensor",
     "Rule",
     "Scheme",

@@ -42,7 +42,7 @@ class KVRows:
         rollback: int = 0,
     ) -> None:
         if form.kind != "token":
-            raise KVError(f"pages hold the kind 'token', not {form.kind!r}; quant/kv_channel.py is the reference of it")
+            raise KVError(f"pages hold the kind 'token'; there is no cache of the kind {form.kind!r} yet")
         if mean is not None and tuple(mean.shape) != (kv_heads, head_dim):
             raise KVError(f"a mean {list(mean.shape)} does not fit keys of {[kv_heads, head_dim]} [kv_heads, head_dim]")
         self.form, self.dtype, self.device = form, dtype, device

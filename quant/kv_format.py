@@ -1,9 +1,9 @@
 """What a layer's cached keys and values are stored as: a frozen, validated, JSON-serialisable value.
 
-Two kinds. "token" (quant/kv_token.py): one fp16 gain for each token and head, keys centered and rotated. "channel"
-(quant/kv_channel.py): KIVI's, a reference to compare with. The first `sinks` tokens and the last `window` tokens keep
-the model's dtype, and so does a side (keys or values) of 16 bits: its numbers are the model's own, neither centered
-nor rotated.
+Two kinds. "token" (quant/kv_token.py): one fp16 gain for each token and head, keys centered and rotated. "channel" is
+KIVI's, to compare with: its bits are counted, a cache that holds it is not there yet. The first `sinks` tokens and the
+last `window` tokens keep the model's dtype, and so does a side (keys or values) of 16 bits: its numbers are the model's
+own, neither centered nor rotated.
 """
 
 from __future__ import annotations
