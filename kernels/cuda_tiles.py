@@ -131,6 +131,9 @@ class CudaTilesKernel:
         return None
 
     def prepare(self, qt: QuantizedTensor) -> Packed:
+        device = qt.fields["codes"].device
+        with _on(device):
+            keep_spare_workspace(device)  # now: the first call may be one that is captured
         return Packed(qt.scheme, (qt.shape[0], qt.shape[1]), pack_tiles(qt))
 
     def unprepare(self, packed: Packed) -> QuantizedTensor:
@@ -185,7 +188,6 @@ def _make_weight(packed: Packed) -> CudaWeight:
     trellis = isinstance(scheme, TrellisScheme)
     format = tile_format(scheme)
     with _on(device):
-        keep_spare_workspace(device)
         native = cuda_module().PackedWeight(
             FORMATS.index(format),
             *shape,
