@@ -214,32 +214,34 @@ inline void unpack_values(const KvAttentionCall& c, int64_t rows, int64_t column
     with_bits(c.bits_v, step);
 }
 
-// The byte of a row that column n of V's interleaved words is about, less 1: found by interleaving numbered bytes.
-// words, rows: room.
+// byte[n]: the byte of a row that column n of V's interleaved words is about, -1 where none is. Found by interleaving
+// bytes that are numbered from 1, digit by digit. rows [4, bytes], words: room.
 template <class V>
-inline int64_t byte_of_column(int64_t n, int64_t bytes, uint8_t* rows, uint32_t* words) {
-    int64_t byte = 0;
-    for (int digit = 0, unit = 1; digit < 2; ++digit, unit *= 128) {
-        for (int64_t i = 0; i < 4 * bytes; ++i)
-            rows[i] = static_cast<uint8_t>((i % bytes + 1) / unit % 128);
+inline void find_order(int64_t bytes, int64_t columns, uint8_t* rows, uint32_t* words, int32_t* byte) {
+    for (int64_t n = 0; n < columns; ++n)
+        byte[n] = -1;
+    for (int64_t digit = 0, unit = 1; digit < 2; ++digit, unit *= 128) {
+        for (int64_t i = 0; i < bytes; ++i)
+            rows[i] = static_cast<uint8_t>((i + 1) / unit % 128);
+        for (int64_t row = 1; row < 4; ++row)
+            std::memcpy(rows + row * bytes, rows, static_cast<size_t>(bytes));
         V::interleave(rows, bytes, bytes, words);
-        byte += unit * static_cast<int64_t>(words[n] & 127);
+        for (int64_t n = 0; n < columns; ++n)
+            byte[n] += static_cast<int32_t>(unit * static_cast<int64_t>(words[n] & 127));
     }
-    return byte - 1;
 }
 
 // sums [rows, columns] in V's order to [rows, width]
 template <class V>
 inline void reorder(const KvAttentionCall& c, int64_t rows, int64_t columns, const KvRoom& room, float* to) {
-    const int64_t codes = kv_codes_of_byte(c.bits_v), bytes = c.head_dim_v / codes, inner = columns / codes;
-    for (int64_t n = 0; n < inner; ++n) {
-        const int64_t byte = byte_of_column<V>(n, bytes, room.nibbles, room.words);
-        if (byte < 0)
-            continue; // fills up
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t s = 0; s < codes; ++s)
-                to[r * c.head_dim_v + byte * codes + s] = room.sums[r * columns + s * inner + n];
-    }
+    const int64_t codes = kv_codes_of_byte(c.bits_v), inner = columns / codes;
+    auto* byte = reinterpret_cast<int32_t*>(room.codes);
+    find_order<V>(c.head_dim_v / codes, inner, room.nibbles, room.words, byte);
+    for (int64_t r = 0; r < rows; ++r, to += c.head_dim_v)
+        for (int64_t s = 0; s < codes; ++s)
+            for (int64_t n = 0; n < inner; ++n)
+                if (byte[n] >= 0)
+                    to[byte[n] * codes + s] = room.sums[r * columns + s * inner + n];
 }
 
 template <class V>

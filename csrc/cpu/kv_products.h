@@ -103,7 +103,14 @@ inline void product_tile(const uint32_t* codes, int64_t columns, int64_t quads, 
                 sum[r][c] = V::template dot<Wide>(sum[r][c], code[c], all);
         }
     }
-    done(sum);
+    // a copy: gcc 12 moves sums whose address is taken between registers in the loop above
+    typename V::Ints total[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c)
+            total[r][c] = sum[r][c];
+    done(total);
 }
 
 // done(row, column, sums[R][C]) for all of x [rows, x_row] and codes [quads, columns]: rows in steps of R, which has
