@@ -232,8 +232,9 @@ void attend_pages(Isa isa, const KvAttentionCall& call, int threads) {
             ++last;
         const int64_t head = tasks[first].row * call.kv_heads + tasks[first].kv_head;
         for (int64_t r = 0; r < rows; ++r) {
-            const float* logit =
-                call.sink_logits == nullptr ? nullptr : call.sink_logits + head * call.group + r / call.tokens;
+            const float* logit = call.sink_logits == nullptr
+                                     ? nullptr
+                                     : call.sink_logits + tasks[first].kv_head * call.group + r / call.tokens;
             combine(run, static_cast<int64_t>(first), static_cast<int64_t>(last), r, logit, sums.data());
             for (int64_t i = 0; i < width; ++i)
                 store_element(call.out, call.out_dtype, (head * rows + r) * width + i, sums[static_cast<size_t>(i)]);
