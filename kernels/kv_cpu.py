@@ -236,8 +236,10 @@ class KVCpu(OnInstructionSet):
         )
 
     def rotate(self, x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
-        """R (x - mean) over the last dimension of x [..., heads, D], mean float32 [heads, D] or None: `kv_token.rotate`,
-        contiguous, of `dtype` (None: that of x)."""
+        """R (x - mean) over the last dimension of x [..., heads, D]: what `kv_token.rotate` gives, contiguous.
+
+        mean: float32 [heads, D], or None. dtype: of the result; None: that of x.
+        """
         dtype = x.dtype if dtype is None else dtype
         flat = x.reshape(-1, *x.shape[-2:]) if mean is not None else x.reshape(-1, 1, x.shape[-1])
         flat, z = _rows_contiguous(flat), torch.empty(x.shape, dtype=dtype)

@@ -57,8 +57,8 @@ struct KvNeon : Neon {
     // words [4, 64] (columns 0..7) of 16 bytes of 8 rows
     static void transpose(const uint8_t* rows, int64_t stride, uint32_t* to) {
         for (int half = 0; half < 2; ++half, rows += 4 * stride, to += 4) {
-            const uint32x4_t a = load(rows), b = load(rows + stride), c = load(rows + 2 * stride),
-                             d = load(rows + 3 * stride);
+            const uint32x4_t a = load_words(rows), b = load_words(rows + stride), c = load_words(rows + 2 * stride),
+                             d = load_words(rows + 3 * stride);
             const uint64x2_t ab = vreinterpretq_u64_u32(vtrn1q_u32(a, b)), cd = vreinterpretq_u64_u32(vtrn1q_u32(c, d));
             const uint64x2_t ab_odd = vreinterpretq_u64_u32(vtrn2q_u32(a, b)),
                              cd_odd = vreinterpretq_u64_u32(vtrn2q_u32(c, d));
@@ -105,7 +105,7 @@ struct KvNeon : Neon {
     }
 
   private:
-    static uint32x4_t load(const uint8_t* from) { return vreinterpretq_u32_u8(vld1q_u8(from)); }
+    static uint32x4_t load_words(const uint8_t* from) { return vreinterpretq_u32_u8(vld1q_u8(from)); }
     template <int Shift>
     static int32x4_t shifted(int32x4_t i) {
         if constexpr (Shift > 0)
