@@ -24,5 +24,6 @@ PYBIND11_MODULE(_cpu, m) {
     bind_trellis(m);
     bind_linear(m);
     bind_bandwidth(m);
+    bind_kv(m);
     bind_decoder(m); // of weights that bind_linear declares
 }

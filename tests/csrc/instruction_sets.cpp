@@ -21,6 +21,8 @@
 #include "cpu/half.h"
 #include "cpu/input_transform.h"
 #include "cpu/int8.h"
+#include "cpu/kv_append.h"
+#include "cpu/kv_attention.h"
 #include "cpu/kv_cache.h"
 #include "cpu/linear.h"
 #include "cpu/trellis_encode.h"
@@ -411,6 +413,75 @@ void compare_attention(Isa isa) {
             }
 }
 
+// Two rows of pages in a shuffled order, with a ring of tokens that goes round.
+void compare_pages(Isa isa) {
+    Random random;
+    constexpr int64_t batch = 2, heads = 2, group = 3, tokens = 2, pages = 6, slots = 9;
+    for (const int64_t width : {8, 64, 72, 128, 160})
+        for (const int bits_k : {2, 3, 4, 8})
+            for (const bool exact : {false, true}) {
+                const int bits_v = bits_k == 8 ? 3 : bits_k == 3 ? 8 : bits_k == 4 ? 2 : 4;
+                const int64_t width_v = width == 72 ? 96 : width;
+                const auto k = random.bytes(pages * heads * kv_page * kv_row_bytes(width, bits_k));
+                const auto v = random.bytes(pages * heads * kv_page * kv_row_bytes(width_v, bits_v));
+                const auto k_gain = random.halves(pages * heads * kv_page),
+                           v_gain = random.halves(pages * heads * kv_page);
+                const auto ring_k = random.halves(batch * slots * heads * width),
+                           ring_v = random.halves(batch * slots * heads * width_v);
+                const int32_t table[batch * 3] = {4, 0, 2, 1, 5, 3}, lengths[batch] = {150, 64}, kept[batch] = {9, 5},
+                                            first[batch] = {4, 0}, start[batch] = {0, 70};
+                const auto q = random.floats(batch * heads * group * tokens * width);
+                const int64_t n = batch * heads * group * tokens * width_v;
+                const Block<float> got(new float[static_cast<size_t>(n)]), want(new float[static_cast<size_t>(n)]);
+                KvAttentionCall call{};
+                call.k_codes = k.get(), call.v_codes = v.get();
+                call.k_gain = k_gain.get(), call.v_gain = v_gain.get();
+                call.bits_k = bits_k, call.bits_v = bits_v;
+                call.block_table = table, call.table_row = 3, call.lengths = lengths;
+                call.window = {ring_k.get(),    ring_v.get(), slots * heads * width,
+                               heads * width,   width,        slots * heads * width_v,
+                               heads * width_v, width_v,      kept,
+                               first,           slots};
+                call.dense_dtype = Dtype::f16, call.start = start;
+                call.batch = batch, call.kv_heads = heads, call.group = group, call.tokens = tokens;
+                call.head_dim = width, call.head_dim_v = width_v;
+                call.scale = 0.5f / static_cast<float>(1 << bits_k), call.softcap = exact ? 5.0f : 0.0f;
+                call.sliding_window = exact ? 100 : 0, call.exact = exact;
+                call.q = q.get(), call.q_dtype = Dtype::f32, call.out_dtype = Dtype::f32;
+                call.out = got.get();
+                attend_pages(isa, call, 1);
+                call.out = want.get();
+                attend_pages(Isa::scalar, call, 1);
+                const auto size = static_cast<float>(1 << bits_v);
+                expect_close(isa, std::to_string(bits_k) + "-bit pages of " + std::to_string(width), got.get(),
+                             want.get(), n, 2e-4f, [=](int64_t) { return size; });
+            }
+}
+
+void compare_append(Isa isa) {
+    Random random;
+    constexpr int64_t tokens = 5, heads = 3, pages = 2;
+    for (const int64_t width : {8, 64, 72, 96, 256})
+        for (const int bits : {2, 3, 4, 8}) {
+            const auto x = random.halves(tokens * heads * width);
+            const auto mean = random.floats(heads * width);
+            const int64_t slots[tokens] = {127, 3, 64, 0, 63};
+            const int64_t rows = pages * heads * kv_page, n = rows * kv_row_bytes(width, bits);
+            const KvTokens from{x.get(), Dtype::f16, heads * width, width, tokens, heads, width, mean.get(), true};
+            const auto got = random.bytes(n);
+            const Block<uint8_t> want(new uint8_t[static_cast<size_t>(n)]);
+            std::copy_n(got.get(), n, want.get());
+            const auto got_gain = random.halves(rows);
+            const Block<uint16_t> want_gain(new uint16_t[static_cast<size_t>(rows)]);
+            std::copy_n(got_gain.get(), rows, want_gain.get());
+            append_tokens(isa, from, {got.get(), got_gain.get(), pages, bits, bits > 3, slots}, 1);
+            append_tokens(Isa::scalar, from, {want.get(), want_gain.get(), pages, bits, bits > 3, slots}, 1);
+            const std::string what = std::to_string(bits) + "-bit tokens of " + std::to_string(width);
+            expect_same(isa, what, got.get(), want.get(), n);
+            expect_same(isa, what + ", gains", got_gain.get(), want_gain.get(), rows);
+        }
+}
+
 void compare_bandwidth(Isa isa) {
     Random random;
     for (const int64_t bytes : {0, 8, 64, 1000, 4097, 20000}) {
@@ -456,6 +527,8 @@ int main() {
         compare_dense(isa);
         compare_vector_math(isa);
         compare_attention(isa);
+        compare_pages(isa);
+        compare_append(isa);
         compare_bandwidth(isa);
         compare_encoder(isa);
         names += std::string(" ") + isa_name(isa);
