@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import kv_attention
-from .kernels.kv_reference import attention
+from .kernels.kv_kernel import KVKernel, attention, choose
 from .kernels.kv_rows import KVRows
 from .quant.kv_format import KVError, KVFormat
 from .quant.kv_plan import KVPlan
@@ -85,7 +85,7 @@ class Pending:
             out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
         else:
             new = (self.k, self.v)
-            found = attention(query, rows, new, skip, scaling, softcap, sliding_window, sink_logits)
+            found = attention(layer.kernel, query, rows, new, skip, scaling, softcap, sliding_window, sink_logits)
             out = found.to(query.dtype).transpose(1, 2).contiguous()
         if self.tokens > KEPT and not layer.shared:
             layer.commit()
@@ -106,6 +106,7 @@ class PackedLayer(CacheLayerMixin):
         self.rollback = 0
         self.reserved = 0
         self._rows: KVRows | None = None
+        self.kernel: KVKernel | None = None
         self.pending: Pending | None = None
         self.length = 0  # tokens of the longest row, padding and pending ones included
 
@@ -128,16 +129,20 @@ class PackedLayer(CacheLayerMixin):
         batch, kv_heads, _, width = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = batch
+        width_v = value_states.shape[-1]
+        if not self.form.dense:
+            self.kernel = choose(self.form, width, width_v, self.device)
         self._rows = KVRows(
             self.form,
             batch,
             kv_heads,
             width,
-            value_states.shape[-1],
+            width_v,
             self.dtype,
             self.device,
             self.mean,
             self.rollback,
+            self.kernel,
         )
         self._rows.reserve(self.reserved)
         self.is_initialized = True

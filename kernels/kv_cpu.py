@@ -59,6 +59,10 @@ class Dense:
 class KVCpu(OnInstructionSet):
     """Attention and append by one instruction set; without a name, the fastest or that of BITPALETTE_CPU_ISA."""
 
+    name = "cpu"
+    device_type = "cpu"
+    most_tokens = MOST_TOKENS
+
     def why_not(self, form: KVFormat, head_dim: int, head_dim_v: int) -> str | None:
         """None where caches of this form are for native code, else the reason in words."""
         if (reason := why_no_cpu_module()) is not None:

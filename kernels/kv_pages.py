@@ -9,6 +9,7 @@ through a block table; a page that several rows share (beams, a repeated prompt)
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ from ..quant.kv_token import decode, encode, pack, packed_bytes, unpack
 
 GROWTH = 16
 """The pool grows by a sixteenth: at 8000 tokens of 2 bits an eighth would already cost more than the window does."""
+
+
+class Encoder(Protocol):
+    """What rotates and encodes tokens bit for bit as `quant/kv_token.py`, and faster."""
+
+    def append(self, x: Tensor, slots: Tensor, codes: Tensor, gain: Tensor, bits: int, unbiased: bool) -> None:
+        """x [n, kv_heads, D], rotated, into slots int64 [n] (page * 64 + token of the page) of codes and gain."""
+
+    def rotate(self, x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
+        """`kv_token.rotate` of x - mean, as `dtype`; None: that of x."""
 
 
 class Side:
@@ -45,8 +56,12 @@ class Side:
         self.codes = grown(self.codes)
         self.gain = None if self.gain is None else grown(self.gain)
 
-    def write(self, pages: Tensor, slots: Tensor, x: Tensor) -> None:
-        """x [tokens, kv_heads, D], as stored rows are (`kv_rows`), quantized into pages[i], slots[i]."""
+    def write(self, slots: Tensor, x: Tensor, encoder: Encoder | None = None) -> None:
+        """x [tokens, kv_heads, D], as stored rows are (`kv_rows`), quantized into slots[i] = page * 64 + its token."""
+        if self.gain is not None and encoder is not None:
+            encoder.append(x, slots, self.codes, self.gain, self.bits, self.unbiased)
+            return
+        pages, slots = slots // PAGE, slots % PAGE
         if self.gain is None:
             self.codes[pages, :, slots] = x
             return

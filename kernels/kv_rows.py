@@ -20,14 +20,15 @@ from torch import Tensor
 
 from ..quant.kv_format import PAGE, KVError, KVFormat
 from ..quant.kv_token import rotate
-from .kv_pages import PagePool, page_bytes
+from .kv_pages import Encoder, PagePool, page_bytes
 
 Ints = NDArray[np.int64]
 
 
 class KVRows:
     """mean: float32 [kv_heads, D] that keys are centered with, or None. rollback: tokens that `crop` can take away and
-    leave the window as it was; past them the window starts with fewer tokens than it has room for."""
+    leave the window as it was; past them the window starts with fewer tokens than it has room for. encoder: rotates
+    and encodes, bit for bit as `quant/kv_token.py`, which does it where there is none."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class KVRows:
         device: torch.device,
         mean: Tensor | None = None,
         rollback: int = 0,
+        encoder: Encoder | None = None,
     ) -> None:
         if form.kind != "token":
             raise KVError(f"pages hold the kind 'token'; there is no cache of the kind {form.kind!r} yet")
@@ -47,12 +49,14 @@ class KVRows:
             raise KVError(f"a mean {list(mean.shape)} does not fit keys of {[kv_heads, head_dim]} [kv_heads, head_dim]")
         self.form, self.dtype, self.device = form, dtype, device
         self.kv_heads, self.head_dim, self.head_dim_v = kv_heads, head_dim, head_dim_v
-        self.mean = None if mean is None else mean.to(device, torch.float32)
+        self.mean = None if mean is None else mean.to(device, torch.float32).contiguous()
+        self.encoder = encoder
         self.pool = PagePool(form, kv_heads, head_dim, head_dim_v, dtype, device)
         self.lengths: Ints = np.zeros(batch, np.int64)
         self.quantized: Ints = np.full(batch, form.sinks, np.int64)  # tokens S..quantized-1 are in pages
         self.exact_from: Ints = np.zeros(batch, np.int64)  # the ring holds tokens exact_from..length-1
         self.table: list[list[int]] = [[] for _ in range(batch)]
+        self._block_table: Tensor | None = None
 
         def room(tokens: int) -> tuple[Tensor, Tensor]:
             shapes = ((batch, tokens, kv_heads, width) for width in (head_dim, head_dim_v))
@@ -80,9 +84,12 @@ class KVRows:
     @property
     def block_table(self) -> Tensor:
         """int32 [batch, most pages of a row]; -1 beyond a row's pages."""
-        most = max((len(pages) for pages in self.table), default=0)
-        padded = [pages + [-1] * (most - len(pages)) for pages in self.table]
-        return torch.tensor(padded, dtype=torch.int32, device=self.device).reshape(self.batch, most)
+        if self._block_table is None:
+            most = max((len(pages) for pages in self.table), default=0)
+            padded = [pages + [-1] * (most - len(pages)) for pages in self.table]
+            table = torch.tensor(padded, dtype=torch.int32, device=self.device)
+            self._block_table = table.reshape(self.batch, most)
+        return self._block_table
 
     @property
     def nbytes(self) -> int:
@@ -94,10 +101,15 @@ class KVRows:
         """[batch, kv_heads, n, D] -> [batch, n, kv_heads, D] in the form and dtype that sinks and window hold."""
         k, v = key.transpose(1, 2), value.transpose(1, 2)
         if self.form.bits_k < 16:
-            k = rotate(k.float() if self.mean is None else k.float() - self.mean)
+            k = self._rotate(k, self.mean)
         if self.form.bits_v < 16:
-            v = rotate(v.float())
+            v = self._rotate(v, None)
         return k.to(self.dtype), v.to(self.dtype)
+
+    def _rotate(self, x: Tensor, mean: Tensor | None) -> Tensor:
+        if self.encoder is not None:
+            return self.encoder.rotate(x, self.dtype, mean)
+        return rotate(x.float() if mean is None else x.float() - mean)
 
     def append(self, k: Tensor, v: Tensor, skip: Ints) -> None:
         """n tokens more of every row, k [batch, n, kv_heads, D] of `stored`, less the first skip[b] (left padding)."""
@@ -136,13 +148,16 @@ class KVRows:
         page, slot = np.divmod(token - self.form.sinks, PAGE)
         for r in np.unique(row):
             pages, touched = self.table[r], page[row == r]
-            if touched[0] < len(pages):
+            if touched[0] < len(pages) and self.pool.users[pages[touched[0]]] > 1:
                 pages[touched[0]] = self.pool.own(pages[touched[0]])
-            pages += self.pool.take(int(touched[-1]) + 1 - len(pages))
+                self._block_table = None
+            if missing := int(touched[-1]) + 1 - len(pages):
+                pages += self.pool.take(missing)
+                self._block_table = None
         ids = np.array([self.table[r][p] for r, p in zip(row, page, strict=True)], np.int64)
-        pages_at, slots_at = self._at(ids), self._at(slot)
-        self.pool.keys.write(pages_at, slots_at, k)
-        self.pool.values.write(pages_at, slots_at, v)
+        slots = self._at(ids * PAGE + slot)
+        self.pool.keys.write(slots, k, self.encoder)
+        self.pool.values.write(slots, v, self.encoder)
 
     def crop(self, tokens: int) -> None:
         """The last `tokens` of every row less; a row that has fewer is empty then."""
@@ -153,12 +168,13 @@ class KVRows:
             used = -(-(int(quantized) - self.form.sinks) // PAGE)
             self.pool.drop(pages[used:])
             del pages[used:]
+        self._block_table = None
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was; int64 [new batch], repeats allowed. Pages are shared, not copied."""
         index = rows.to("cpu", torch.int64)
         old, at = self.table, index.numpy()
-        self.table = [list(old[i]) for i in at]
+        self.table, self._block_table = [list(old[i]) for i in at], None
         for pages in self.table:
             self.pool.share(pages)
         for pages in old:
