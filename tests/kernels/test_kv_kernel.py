@@ -27,7 +27,7 @@ def test_a_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KVError, match=r"gpu names no kernel of the cache; there are \['cpu'.*'reference'\]"):
         choose(KVFormat(4, 2), 128, 128, CPU)
     monkeypatch.setenv(FORCE_VARIABLE, "cpu")
-    with pytest.raises(KVError, match="cannot serve k16v4.*: native code has keys of .* bits, not 16; unset"):
+    with pytest.raises(KVError, match=r"cannot serve k16v4.*: native code has keys of .* bits, not 16; unset"):
         choose(KVFormat(16, 4), 128, 128, CPU)
     with pytest.raises(KVError, match="it runs on cpu"):
         choose(KVFormat(4, 4), 128, 128, torch.device("meta"))
