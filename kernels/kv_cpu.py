@@ -239,6 +239,48 @@ class KVCpu(OnInstructionSet):
             threads=torch.get_num_threads(),
         )
 
+    def append_rows(
+        self,
+        rows: KVRows,
+        k: Tensor,
+        v: Tensor,
+        skip: NDArray[np.int64],
+        length_after: NDArray[np.int64],
+        until: NDArray[np.int64],
+    ) -> None:
+        """`KVRows._append` in one call: k, v [batch, n, kv_heads, D] of `KVRows.stored`."""
+        table = rows.block_table
+        ints = [np.ascontiguousarray(x) for x in (skip, rows.lengths, length_after, rows.quantized, until)]
+        sides = []
+        for x, side, sinks, ring in (
+            (k, rows.pool.keys, rows.sink_k, rows.ring_k),
+            (v, rows.pool.values, rows.sink_v, rows.ring_v),
+        ):
+            assert side.gain is not None and x.dtype == rows.dtype
+            if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
+                x = x.contiguous()
+            parts = (sinks.data_ptr(), ring.data_ptr(), side.codes.data_ptr(), side.gain.data_ptr())
+            sides.append((x, (x.data_ptr(), x.stride(0), x.stride(1), *parts, side.bits, x.shape[3])))
+        cpu_module().kv_append_rows(
+            self.resolve_isa(),
+            keys=sides[0][1],
+            values=sides[1][1],
+            dtype=DTYPES[rows.dtype],
+            batch=rows.batch,
+            heads=rows.kv_heads,
+            sinks=rows.form.sinks,
+            capacity=rows.capacity,
+            pages=rows.pool.pages,
+            skip=ints[0].ctypes.data,
+            length=ints[1].ctypes.data,
+            length_after=ints[2].ctypes.data,
+            quantized=ints[3].ctypes.data,
+            until=ints[4].ctypes.data,
+            block_table=table.data_ptr(),
+            table_row=table.shape[1],
+            threads=torch.get_num_threads(),
+        )
+
     def rotate(self, x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
         """R (x - mean) over the last dimension of x [..., heads, D]: what `kv_token.rotate` gives, contiguous.
 

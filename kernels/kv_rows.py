@@ -13,6 +13,8 @@ more than the window (`rollback`): tokens that are already quantized but come ba
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,6 +25,14 @@ from ..quant.kv_token import rotate
 from .kv_pages import Encoder, PagePool, page_bytes
 
 Ints = NDArray[np.int64]
+
+
+@runtime_checkable
+class RowEncoder(Protocol):
+    """An encoder that appends to all parts of all rows in one call."""
+
+    def append_rows(self, rows: KVRows, k: Tensor, v: Tensor, skip: Ints, length_after: Ints, until: Ints) -> None:
+        """What `KVRows._append` does: tokens quantized..until-1 into pages that are there, new ones to sinks and ring."""
 
 
 class KVRows:
@@ -51,6 +61,7 @@ class KVRows:
         self.kv_heads, self.head_dim, self.head_dim_v = kv_heads, head_dim, head_dim_v
         self.mean = None if mean is None else mean.to(device, torch.float32).contiguous()
         self.encoder = encoder
+        self.row_encoder = encoder if isinstance(encoder, RowEncoder) else None
         self.pool = self._pool()
         self.lengths: Ints = np.zeros(batch, np.int64)
         self.quantized: Ints = np.full(batch, form.sinks, np.int64)  # tokens S..quantized-1 are in pages
@@ -136,22 +147,45 @@ class KVRows:
             raise KVError(f"padding {skip.tolist()} after tokens {self.lengths.tolist()}; pad on the left")
         old, new = self.lengths, self.lengths + k.shape[1] - skip
         until = np.maximum(self.quantized, self._packed_until(new))
+        self._claim(until)
+        if self.row_encoder is not None:
+            self.row_encoder.append_rows(self, k, v, skip, new, until)
+        else:
+            self._append(k, v, skip, new, until)
+        self.lengths, self.quantized = new, until
+        self.exact_from = np.maximum(self.exact_from, new - self.capacity)
+
+    def _claim(self, until: Ints) -> None:
+        """Pages of their own for tokens quantized..until-1 of every row."""
+        for row, (first, last) in enumerate(zip(self.quantized.tolist(), until.tolist(), strict=True)):
+            if first >= last:
+                continue
+            pages, page = self.table[row], (first - self.form.sinks) // PAGE
+            if page < len(pages) and self.pool.users[pages[page]] > 1:
+                pages[page] = self.pool.own(pages[page])
+                self._block_table = None
+            if missing := (last - 1 - self.form.sinks) // PAGE + 1 - len(pages):
+                pages += self.pool.take(missing)
+                self._block_table = None
+
+    def _append(self, k: Tensor, v: Tensor, skip: Ints, new: Ints, until: Ints) -> None:
+        old = self.lengths
         row, token = _ranges(self.quantized, until)
         if len(row):
             fresh = token >= old[row]
-            leaving_k = self._gather(row, token, fresh, self.ring_k, k, skip)
-            leaving_v = self._gather(row, token, fresh, self.ring_v, v, skip)
-            self._write_pages(row, token, leaving_k, leaving_v)
-        for k_out, v_out, first, last, slots in (
+            page, slot = np.divmod(token - self.form.sinks, PAGE)
+            ids = np.array([self.table[r][p] for r, p in zip(row, page, strict=True)], np.int64)
+            slots = self._at(ids * PAGE + slot)
+            self.pool.keys.write(slots, self._gather(row, token, fresh, self.ring_k, k, skip), self.encoder)
+            self.pool.values.write(slots, self._gather(row, token, fresh, self.ring_v, v, skip), self.encoder)
+        for k_out, v_out, first, last, slots_of in (
             (self.sink_k, self.sink_v, old, np.minimum(new, self.form.sinks), self.form.sinks),
             (self.ring_k, self.ring_v, np.maximum(old, new - self.capacity), new, self.capacity),
         ):
             row, token = _ranges(first, last)
             if len(row):
-                to, source = self._index(row, token % slots), self._index(row, token - old[row] + skip[row])
+                to, source = self._index(row, token % slots_of), self._index(row, token - old[row] + skip[row])
                 k_out[to], v_out[to] = k[source], v[source]
-        self.lengths, self.quantized = new, until
-        self.exact_from = np.maximum(self.exact_from, new - self.capacity)
 
     def _gather(self, row: Ints, token: Ints, fresh: NDArray[np.bool_], ring: Tensor, x: Tensor, skip: Ints) -> Tensor:
         """[tokens, kv_heads, D]: of x [batch, n, ..] where fresh, of the ring elsewhere."""
@@ -162,21 +196,6 @@ class KVRows:
             row, token = row[fresh], token[fresh]
             out[self._at(fresh)] = x[self._index(row, token - self.lengths[row] + skip[row])]
         return out
-
-    def _write_pages(self, row: Ints, token: Ints, k: Tensor, v: Tensor) -> None:
-        page, slot = np.divmod(token - self.form.sinks, PAGE)
-        for r in np.unique(row):
-            pages, touched = self.table[r], page[row == r]
-            if touched[0] < len(pages) and self.pool.users[pages[touched[0]]] > 1:
-                pages[touched[0]] = self.pool.own(pages[touched[0]])
-                self._block_table = None
-            if missing := int(touched[-1]) + 1 - len(pages):
-                pages += self.pool.take(missing)
-                self._block_table = None
-        ids = np.array([self.table[r][p] for r, p in zip(row, page, strict=True)], np.int64)
-        slots = self._at(ids * PAGE + slot)
-        self.pool.keys.write(slots, k, self.encoder)
-        self.pool.values.write(slots, v, self.encoder)
 
     def crop(self, tokens: int) -> None:
         """The last `tokens` of every row less; a row that has fewer is empty then."""
