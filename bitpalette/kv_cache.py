@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import kv_attention
+from .kernels.kv_group_rows import rows_class
 from .kernels.kv_kernel import KVKernel, attention, choose
 from .kernels.kv_rows import KVRows
 from .quant.kv_format import KVError, KVFormat
@@ -100,9 +101,18 @@ class PackedLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, index: int, form: KVFormat, mean: Tensor | None, config: Any, shared: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        form: KVFormat,
+        mean: Tensor | None,
+        config: Any,
+        shared: bool,
+        order: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.index, self.form, self.mean, self.config, self.shared = index, form, mean, config, shared
+        self.order = order
         self.rollback = 0
         self.reserved = 0
         self._rows: KVRows | None = None
@@ -132,7 +142,8 @@ class PackedLayer(CacheLayerMixin):
         width_v = value_states.shape[-1]
         if not self.form.dense:
             self.kernel = choose(self.form, width, width_v, self.device)
-        self._rows = KVRows(
+        order = {} if self.order is None else {"order": self.order}
+        self._rows = rows_class(self.form)(
             self.form,
             batch,
             kv_heads,
@@ -143,6 +154,7 @@ class PackedLayer(CacheLayerMixin):
             self.mean,
             self.rollback,
             self.kernel,
+            **order,
         )
         self._rows.reserve(self.reserved)
         self.is_initialized = True
@@ -296,7 +308,7 @@ class QuantizedCache(Cache):
         plan.check(packed)
         shared = "dummy" in types
         layers: list[Any] = [
-            PackedLayer(i, plan.format_of(i), plan.means.get(i), decoder, shared)
+            PackedLayer(i, plan.format_of(i), plan.means.get(i), decoder, shared, plan.orders.get(i))
             if kind == PACKED
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
             for i, (kind, kwargs) in enumerate(zip(types, options, strict=True))

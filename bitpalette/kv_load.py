@@ -67,7 +67,8 @@ def _resolve(name: str, stored: StoredKVPlan | None, folder: str | Path | None, 
     if stored is None:
         return KVPlan(KVFormat.parse(name))
     exact = stored.plan.default
-    return KVPlan(KVFormat.parse(name, sinks=exact.sinks, window=exact.window), means=stored.plan.means)
+    form = KVFormat.parse(name, sinks=exact.sinks, window=exact.window)
+    return KVPlan(form, means=stored.plan.means if form.kind == "token" else {})
 
 
 def _bits(name: str, spec: str | None) -> float:
