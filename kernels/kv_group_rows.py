@@ -1,9 +1,9 @@
 """Cache rows of the kinds to compare with: "channel" (KIVI) and "bfp32", "bfp64" (block floating point).
 
 As `kv_rows.py` otherwise: pages, sinks, window, one quantization of every token. Keys and values are stored as the
-model has them, but for the order of key channels of block floating point. Of the kind "channel" 32 tokens leave the window
-at once, keys and values, so it holds window .. window + 31 tokens. KIVI's own code empties a window of 128 keys at once
-and leaves 0 .. 127; this is the kinder reading. Scales and exponents stand beside the codes:
+model has them, but for the order of key channels of block floating point. Of the kind "channel" 32 tokens leave the
+window at once, keys and values, so it holds window .. window + 31 tokens. KIVI's own code empties a window of 128 keys
+at once and leaves 0 .. 127; this is the kinder reading. Scales and exponents stand beside the codes:
 
     channel  keys  fp16 [pages, kv_heads, 2, D, 2]: scale and minimum of a page's two groups of tokens
              values  fp16 [pages, kv_heads, 64, D / 32, 2]
@@ -95,7 +95,8 @@ class GroupRows(KVRows):
         cut = last > start
         if (cut & (self.exact_from > start)).any():
             raise KVError(
-                f"crop({-tokens}) ends inside {group} tokens that are packed together; crop less, or use the kind 'token'"
+                f"crop({-tokens}) ends inside {group} tokens that are packed together; crop less, or use the kind "
+                "'token'"
             )
         super().crop(tokens)
         self.quantized = np.where(cut, start, self.quantized)

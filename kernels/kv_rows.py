@@ -61,7 +61,7 @@ class KVRows:
         self.kv_heads, self.head_dim, self.head_dim_v = kv_heads, head_dim, head_dim_v
         self.mean = None if mean is None else mean.to(device, torch.float32).contiguous()
         self.encoder = encoder
-        self.row_encoder = encoder if isinstance(encoder, RowEncoder) else None
+        self.row_encoder: RowEncoder | None = encoder if isinstance(encoder, RowEncoder) else None
         self.pool = self._pool()
         self.lengths: Ints = np.zeros(batch, np.int64)
         self.quantized: Ints = np.full(batch, form.sinks, np.int64)  # tokens S..quantized-1 are in pages
@@ -145,7 +145,7 @@ class KVRows:
         """n tokens more of every row, k [batch, n, kv_heads, D] of `stored`, less the first skip[b] (left padding)."""
         if ((skip > 0) & (self.lengths > 0)).any():
             raise KVError(f"padding {skip.tolist()} after tokens {self.lengths.tolist()}; pad on the left")
-        old, new = self.lengths, self.lengths + k.shape[1] - skip
+        new = self.lengths + k.shape[1] - skip
         until = np.maximum(self.quantized, self._packed_until(new))
         self._claim(until)
         if self.row_encoder is not None:

@@ -1,12 +1,12 @@
-"""The cache formats "bfp32" and "bfp64": block floating point with sorted key channels, to compare with ("Accurate Block
-Quantization in LLMs with Outliers", arXiv 2403.20137). Blocks of n = 32 or 64 channels of one token and head share an
-exponent of one byte; codes are two's complement mantissas of b bits:
+"""The cache formats "bfp32" and "bfp64": block floating point with sorted key channels, to compare with ("Accurate
+Block Quantization in LLMs with Outliers", arXiv 2403.20137). Blocks of n = 32 or 64 channels of one token and head
+share an exponent of one byte; codes are two's complement mantissas of b bits:
 
     e = floor(log2(max |x|)),   m = clamp(round(x 2^(b - 2 - e)), -2^(b-1), 2^(b-1) - 1)
     stored value = m 2^(e + 2 - b);   code = m + 2^(b-1);   exponent byte = e + 127
 
-b + 8 / n bits an element, neither centered nor rotated. Rounding is to even at ties. An exponent byte of 0: the block is
-zero (or below 2^-126); 255: it has a NaN or an infinity, and is NaN.
+b + 8 / n bits an element, neither centered nor rotated. Rounding is to even at ties. An exponent byte of 0: the block
+is zero (or below 2^-126); 255: it has a NaN or an infinity, and is NaN.
 
 One large channel costs its whole block precision, so the paper sorts the channels of keys by the norms of W_k's rows,
 that large ones share a block. It folds the order into W_q and W_k. Behind rotary embedding that is not exact: the

@@ -1,10 +1,10 @@
 """What a layer's cached keys and values are stored as: a frozen, validated, JSON-serialisable value.
 
-The kind "token" (quant/kv_token.py) is what this package recommends: one fp16 gain for each token and head, keys centered
-and rotated. The others are there to compare with, and read by attention in torch: "channel" (quant/kv_channel.py) is
-KIVI's, "bfp32" and "bfp64" (quant/kv_bfp.py) are block floating point. The first `sinks` tokens and the last `window`
-tokens keep the model's dtype, and so does a side (keys or values) of 16 bits: its numbers are the model's own, neither
-centered nor rotated.
+The kind "token" (quant/kv_token.py) is what this package recommends: one fp16 gain for each token and head, keys
+centered and rotated. The others are there to compare with, and read by attention in torch: "channel"
+(quant/kv_channel.py) is KIVI's, "bfp32" and "bfp64" (quant/kv_bfp.py) are block floating point. The first `sinks`
+tokens and the last `window` tokens keep the model's dtype, and so does a side (keys or values) of 16 bits: its numbers
+are the model's own, neither centered nor rotated.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class KVFormat:
                 f"{text!r} names no format of the cache; say k4v4, k3v2, k8v4, 4 (keys and values), 16 or k2v2-channel"
             )
         k, v, both, kind = match.groups()
-        return KVFormat(int(k or both), int(v or both), **options, **({} if kind is None else {"kind": kind}))
+        if kind is not None:
+            options["kind"] = kind
+        return KVFormat(int(k or both), int(v or both), **options)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> KVFormat:
