@@ -57,9 +57,11 @@ def attention_forward(
     if options.get("output_attentions"):
         raise KVError(f"attention {NAME!r} has no weights to return; use set_attn_implementation('eager') for them")
     if handle is None:
-        mask = attention_mask
+        mask, n, length = attention_mask, query.shape[2], key.shape[2]
+        if mask is None and 1 < n < length:  # is_causal of torch would align the first token of both, not the last
+            mask = torch.ones(1, length, dtype=torch.bool, device=query.device)
         if mask is not None and mask.ndim == 2:
-            mask = _causal(mask, query.shape[2], key.shape[2])
+            mask = _causal(mask, n, length)
         if softcap is None and s_aux is None:
             options |= {"sliding_window": sliding_window}
             return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
