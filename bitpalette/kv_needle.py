@@ -1,5 +1,5 @@
-"""A needle in a haystack, dense cache against packed: pairs of a name and a number stand somewhere in long text, and the
-model is asked for the numbers at its end.
+"""A needle in a haystack, dense cache against packed: pairs of a name and a number stand somewhere in long text, and
+the model is asked for the numbers at its end.
 
 The pairs are lines "The pass key of Maria is 48213.", four of them together; the question repeats such a line up to the
 number, which models of a hundred million parameters can complete too. The haystack is one prompt; the question is read
@@ -72,9 +72,13 @@ def prompt_of(tokenizer: Any, haystack: Tensor, length: int, depth: float, seed:
     needle = tokenize(tokenizer, lines)
     room = length - len(needle)
     if room < 0:
-        raise CalibrationError(f"a prompt of {length} tokens has no room for {len(needle)} tokens of pairs; ask for more")
+        raise CalibrationError(
+            f"a prompt of {length} tokens has no room for {len(needle)} tokens of pairs; ask for more"
+        )
     if len(haystack) < room:
-        raise CalibrationError(f"the text has {len(haystack)} tokens, a prompt of {length} needs {room}; give a longer one")
+        raise CalibrationError(
+            f"the text has {len(haystack)} tokens, a prompt of {length} needs {room}; give a longer one"
+        )
     at = _sentence_end(tokenizer, haystack, round(depth * room))
     context = torch.cat((haystack[:at], needle, haystack[at:room]))
     questions = []

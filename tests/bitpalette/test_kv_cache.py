@@ -207,6 +207,13 @@ def test_dense_caches_and_none_are_read_as_sdpa_does(llama) -> None:
         assert ((found - right).abs()[inputs["attention_mask"].bool()] <= 1e-5).all()
 
 
+def test_dense_caches_in_chunks(llama) -> None:
+    tokens = ids(30)
+    right = llama(input_ids=tokens).logits
+    found = logits(llama, DynamicCache(config=llama.config), tokens, 7)
+    assert ((found - right).abs() <= 1e-5).all()
+
+
 def test_refusals(llama, families) -> None:
     config = llama.config
     with pytest.raises(KVError, match="nothing to pack"):
