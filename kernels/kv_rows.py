@@ -13,6 +13,7 @@ more than the window (`rollback`): tokens that are already quantized but come ba
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -66,6 +67,7 @@ class KVRows:
         self.encoder = encoder
         self.row_encoder: RowEncoder | None = encoder if isinstance(encoder, RowEncoder) else None
         self.pool = PagePool(form, kv_heads, head_dim, head_dim_v, dtype, device)
+        self.pool.watchers.add(self)
         self.lengths: Ints = np.zeros(batch, np.int64)
         self.quantized: Ints = np.full(batch, form.sinks, np.int64)  # tokens S..quantized-1 are in pages
         self.exact_from: Ints = np.zeros(batch, np.int64)  # the ring holds tokens exact_from..length-1
@@ -225,6 +227,30 @@ class KVRows:
         self.ring_k, self.ring_v = self.ring_k[index], self.ring_v[index]
         self.claimed = self.quantized.copy()  # a page that is shared has to be copied first
         self._changed()
+
+    def fork(self) -> KVRows:
+        """Rows with the same tokens. Pages are shared, not copied, until one of the two writes to them."""
+        other = copy.copy(self)
+        other.table = [list(pages) for pages in self.table]
+        for pages in other.table:
+            self.pool.share(pages)
+        for name in ("lengths", "quantized", "exact_from"):
+            setattr(other, name, getattr(self, name).copy())
+        for name in ("sink_k", "sink_v", "ring_k", "ring_v"):
+            setattr(other, name, getattr(self, name).clone())
+        for rows in (self, other):  # a page that is shared has to be copied first
+            rows.claimed = rows.quantized.copy()
+            rows._changed()
+            self.pool.watchers.add(rows)
+        return other
+
+    def pages_moved(self) -> None:
+        """The pool has other tensors now."""
+        self.native = None
+
+    def __del__(self) -> None:  # a fork that is gone needs its pages no more
+        for pages in getattr(self, "table", ()):
+            self.pool.drop(pages)
 
     def repeat(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other."""
