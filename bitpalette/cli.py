@@ -27,6 +27,7 @@ def main() -> int:
     from .calibrate.plan import PlanError
     from .calibrate.text import CalibrationError
     from .formats.errors import FormatError
+    from .quant.kv_format import KVError
     from .quant.native import NativeError
     from .quant.scheme import SchemeError
 
@@ -35,7 +36,7 @@ def main() -> int:
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "quantize"
         message = f"{error.format_message()} (see {command} --help)"
-    except (FormatError, PlanError, CalibrationError, SchemeError, NativeError) as error:
+    except (FormatError, PlanError, CalibrationError, SchemeError, NativeError, KVError) as error:
         message = str(error)
     else:
         if code == INTERRUPTED:

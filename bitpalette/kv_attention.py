@@ -71,7 +71,9 @@ def attention_forward(
     if options.get("output_attentions"):
         raise KVError(f"attention {NAME!r} has no weights to return; use set_attn_implementation('eager') for them")
     if handle is None:
-        return _unpacked(module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, options)
+        return _unpacked(
+            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, options
+        )
     if dropout:
         raise KVError(f"attention over a packed cache has no dropout ({dropout}); call model.eval()")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
