@@ -91,12 +91,18 @@ def _observed(
 
 @dataclass
 class KeyStatistics:
-    """An observer: means of keys, and how much attention the first tokens get. layers: those that are looked at."""
+    """An observer: means of keys, and how much attention the first tokens get. layers: those that are looked at.
+
+    absolute: layers whose softmax sees more than differences of scores (a soft cap, a logit of sinks). Taking a mean
+    from all keys of a row shifts its scores, so these have none.
+    """
 
     layers: frozenset[int]
     queries: int = 64
     sums: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
+    shapes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    absolute: set[int] = field(default_factory=set)
     mass: Tensor = field(default_factory=lambda: torch.zeros(MOST_SINKS, dtype=torch.float64))
     rows: int = 0
 
@@ -106,6 +112,9 @@ class KeyStatistics:
         key = seen.key[:, :, MOST_SINKS:].double()
         total = key.sum((0, 2))
         self.sums[seen.layer] = self.sums[seen.layer] + total if seen.layer in self.sums else total
+        if seen.softcap is not None or seen.sink_logits is not None:
+            self.absolute.add(seen.layer)
+        self.shapes[seen.layer] = (seen.key.shape[-1], seen.value.shape[-1])
         self.counts[seen.layer] = self.counts.get(seen.layer, 0) + key.shape[0] * key.shape[2]
         n = seen.key.shape[2]
         at = query_positions(n, MOST_SINKS, self.queries)
@@ -118,8 +127,13 @@ class KeyStatistics:
             self.rows += 1
 
     def means(self) -> dict[int, Tensor]:
-        """{layer: float32 [kv_heads, D]}."""
-        return {layer: (total / max(self.counts[layer], 1)).float() for layer, total in sorted(self.sums.items())}
+        """{layer: float32 [kv_heads, D]} of the layers that are not `absolute`."""
+        centered = sorted(self.sums.keys() - self.absolute)
+        return {layer: (self.sums[layer] / max(self.counts[layer], 1)).float() for layer in centered}
+
+    def widths(self) -> dict[int, tuple[int, int]]:
+        """{layer: (head_dim of keys, of values)}."""
+        return dict(sorted(self.shapes.items()))
 
     def sink_mass(self) -> list[float]:
         """Share of attention on each of the first tokens, mean over layers, heads and queries."""

@@ -29,10 +29,12 @@ Pair = tuple[int, int]
 class OutputErrors:
     """An observer that adds up errors.
 
-    pairs: candidates. sinks: numbers of exact first tokens to measure with (one of them, where nothing is compared).
-    window: exact last tokens. queries: sampled of every sequence.
+    layers: those that are looked at; without a mean they are not centered. pairs: candidates. sinks: numbers of exact
+    first tokens to measure with (one of them, where nothing is compared). window: exact last tokens. queries: sampled
+    of every sequence.
     """
 
+    layers: frozenset[int]
     means: Mapping[int, Tensor]
     pairs: tuple[Pair, ...]
     sinks: tuple[int, ...]
@@ -43,13 +45,13 @@ class OutputErrors:
     widths: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     def __call__(self, seen: Attended) -> None:
-        if seen.layer not in self.means:
+        if seen.layer not in self.layers:
             return
         kv_heads, n, width = seen.key.shape[1:]
         self.widths[seen.layer] = (kv_heads, width, seen.value.shape[-1])
         weight = projection(seen.module, seen.query.shape[1] * seen.value.shape[-1])
         for query, key, value in zip(seen.query.float(), seen.key.float(), seen.value.float(), strict=True):
-            stored = _Stored(key, value, self.means[seen.layer].to(key.device), self.pairs)
+            stored = _Stored(key, value, self.means.get(seen.layer), self.pairs)
             for sinks in self.sinks:
                 at = query_positions(n, sinks + self.window + 1, self.queries).to(key.device)
                 exact, quantized = outputs(seen, query, at, stored, self.pairs, sinks, self.window)
@@ -77,11 +79,12 @@ class OutputErrors:
 class _Stored:
     """Keys and values of one sequence as the cache gives them back, per width: {bits: float32 [kv_heads, n, D]}."""
 
-    def __init__(self, key: Tensor, value: Tensor, mean: Tensor, pairs: Iterable[Pair]) -> None:
+    def __init__(self, key: Tensor, value: Tensor, mean: Tensor | None, pairs: Iterable[Pair]) -> None:
+        shift = torch.zeros(()) if mean is None else mean[:, None].to(key.device)
         self.keys, self.values = {16: key}, {16: value}
-        centered, turned = rotate(key - mean[:, None]), rotate(value)
+        centered, turned = rotate(key - shift), rotate(value)
         for bits in {keys for keys, _ in pairs} - {16}:
-            self.keys[bits] = rotate(decode(*encode(centered, bits, True), bits)) + mean[:, None]
+            self.keys[bits] = rotate(decode(*encode(centered, bits, True), bits)) + shift
         for bits in {values for _, values in pairs} - {16}:
             self.values[bits] = rotate(decode(*encode(turned, bits, False), bits))
 
