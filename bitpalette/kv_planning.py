@@ -137,6 +137,9 @@ class KVPlanner:
             raise KVError(f"layers {missing} never came to attention; this model's cache cannot be planned")
         pairs = {layer: candidate_pairs(*widths) for layer, widths in statistics.widths().items()}
         every = tuple(dict.fromkeys(pair for of_layer in pairs.values() for pair in of_layer))
+        if not every:
+            for widths in statistics.widths().values():
+                KVFormat().check_head_dim(*widths)  # says why not
         sinks_error = self._choose_sinks(longest) if self.sinks is None else {}
         errors = OutputErrors(frozenset(self.layers), self.means, every, (self.exact.sinks,), self.window)
         self._observe("errors of attention", errors, self.text.tokens)
