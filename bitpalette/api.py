@@ -19,19 +19,28 @@ from .calibrate.report import Events, Record
 from .calibrate.structure import quantizable
 from .calibrate.text import Calibration
 from .formats.base import Source, open_source
+from .formats.kv_plan_file import write_kv_plan
 from .formats.manifest import write_manifest
 from .kernels.linear import QuantLinear
+from .kv_use import apply_spec, plan_of
 from .quant.scheme import Scheme
 from .quant.solver import plan_solver, quantize_tensor
 from .quant.stats import Stats
 from .quant.tensor import QuantizedTensor, stack
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto") -> Any:
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = "auto",
+    kv: str | None = None,
+) -> Any:
     """The model of a packed checkpoint, its layers replaced by ones that compute from the packed bits.
 
-    dtype: of activations and unquantized weights ("auto": the checkpoint's). FormatError for a folder that is
-    incomplete, damaged or of a newer format.
+    dtype: of activations and unquantized weights ("auto": the checkpoint's). kv: of the cache of keys and values; None:
+    the checkpoint's plan, where it has one, else what `kv_load.plan_from_spec` takes ("16": transformers' own cache;
+    "k4v4", "auto:3.25"). FormatError for a folder that is incomplete, damaged or of a newer format; KVError for a
+    cache that the model cannot have.
     """
     import transformers
 
@@ -40,12 +49,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     source = open_native(path)
     names = source.config.get("architectures") or ["AutoModelForCausalLM"]
     cls = getattr(transformers, names[0])
-    return cls.from_pretrained(str(path), device_map={"": str(device)}, dtype=dtype).eval()
+    model = cls.from_pretrained(str(path), device_map={"": str(device)}, dtype=dtype).eval()
+    return model if kv is None else apply_spec(model, kv, source.path)
 
 
 def save_pretrained(model: Any, path: str | Path, **options: Any) -> None:
-    """transformers' `save_pretrained` (its `options`), and the manifest that makes the folder a complete checkpoint."""
+    """transformers' `save_pretrained` (its `options`), the plan of the model's KV cache where it has one, and the
+    manifest that makes the folder a complete checkpoint."""
     model.save_pretrained(str(path), **options)
+    if (stored := plan_of(model)) is not None:
+        write_kv_plan(path, stored, __version__)
     write_manifest(path)
 
 
