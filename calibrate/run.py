@@ -215,12 +215,12 @@ class Run:
         for name in list(originals):
             w = originals.pop(name)
             if name not in self.c.schemes:
-                self.writer.write(name, w.cpu())
+                self.writer.write(name, w)
                 continue
             start = time.monotonic()
             qt, record = self._quantize(name, w, stats.pop(name, None))
             for key, value in qt.fields.items():
-                self.writer.write(stored_name(name, key), value.cpu())
+                self.writer.write(stored_name(name, key), value)
             self.c.events.layer(record, time.monotonic() - start)
             yield record
 

@@ -88,7 +88,7 @@ def inside(tensor: Tensor) -> Tensor:
 def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], read: Counter[str]) -> Any:
     gpu: dict[int, GpuTensor] = {}
     elsewhere: list[Tensor] = []
-    plain_args = _plain(args, gpu, elsewhere if func not in _INDEXED_FROM_ANYWHERE else [])
+    plain_args = [_plain(a, gpu, elsewhere if func not in _INDEXED_FROM_ANYWHERE else []) for a in args]
     plain_kwargs = _plain(kwargs, gpu, elsewhere) if kwargs else kwargs
     target = _target(func, args, kwargs)
     if not gpu:
@@ -105,6 +105,9 @@ def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], read: Coun
         raise RuntimeError(f"{func.__name__}: one operand is on {DEVICE}, another, {shape}, on {elsewhere[0].device}")
     if func in _READS:
         read[func.__name__] += 1
+    if func is torch.histc:  # of whole numbers: on GPUs alone
+        plain_args[0], dtype = plain_args[0].float(), plain_args[0].dtype
+        return GpuTensor(func(*plain_args, **plain_kwargs).to(dtype))
     out = func(*plain_args, **plain_kwargs)
     if func is Tensor.cpu or (target is not None and target.type == "cpu"):
         return _each(out, lambda t: t.clone() if id(t) in gpu else t)  # a copy always has memory of its own
