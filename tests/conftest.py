@@ -339,8 +339,8 @@ def _module(name: str, path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def pretended() -> Any:
-    """tests/pretend_gpu.py: PretendGpu, GpuTensor, DEVICE."""
-    return _module("pretend_gpu", Path(__file__).parent / "pretend_gpu.py")
+    """tests/quant/pretend_gpu.py: PretendGpu, GpuTensor, DEVICE."""
+    return _module("pretend_gpu", Path(__file__).parent / "quant" / "pretend_gpu.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`--device`: which there are; whole runs on a GPU that is pretended (tests/pretend_gpu.py) write the CPU's bytes."""
+"""`--device`: which there are; whole runs on a pretended GPU (tests/quant/pretend_gpu.py) write the CPU's bytes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every codec, solver and transform on a GPU that is pretended (tests/pretend_gpu.py): nothing leaves it unasked, and
-the fields are those of the CPU, whose numbers it has. On a real one: test_gpu_solvers.py."""
+"""Every codec, solver and transform on a GPU that is pretended (pretend_gpu.py): nothing leaves it unasked, and the
+fields are those of the CPU, whose numbers it has. On a real one: test_gpu_solvers.py."""
 
 from __future__ import annotations
 
