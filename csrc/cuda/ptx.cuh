@@ -138,6 +138,13 @@ BP_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                  : "memory");
 }
 
+// Transposes an 8x8 matrix of 16-bit values: lane 4 g + t gives (g; 2t, 2t+1) and gets (2t, 2t+1; g).
+BP_DEVICE uint32_t movmatrix(uint32_t a) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
 // --- bits
 
 // Four bytes out of the eight of b:a. Nibble i of the selector: which, and with its bit 3 that byte's sign 8 times.
@@ -351,6 +358,12 @@ BP_DEVICE float rcp_approx(float a) {
 }
 BP_DEVICE float exp_approx(float a) {
     return exp2_approx(a * 1.44269504f);
+}
+
+// --- fp64
+
+BP_DEVICE double sqrt(double a) {
+    return __dsqrt_rn(a);
 }
 
 // --- among the 32 lanes of a warp, all of which take part

@@ -126,6 +126,12 @@ BP_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, Where where = Wher
     ::hostexec::ldmatrix_x4(r, row, where);
 }
 
+BP_DEVICE uint32_t movmatrix(uint32_t a, Where where = Where::here()) {
+    uint32_t d;
+    ::hostexec::collective(Op::movmatrix, &a, 1, &d, 1, where);
+    return d;
+}
+
 BP_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
     uint32_t d = 0;
@@ -295,6 +301,10 @@ BP_DEVICE float rcp_approx(float a) {
 }
 BP_DEVICE float exp_approx(float a) {
     return exp2_approx(a * 1.44269504f);
+}
+
+BP_DEVICE double sqrt(double a) {
+    return std::sqrt(a);
 }
 
 // One word from every lane, one word back
