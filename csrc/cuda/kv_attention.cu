@@ -1,18 +1,12 @@
-#include "kv_attention.cuh"
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "kv_attention_launch.cuh"
 #include "kv_combine.cuh"
-#include "launch.cuh"
 
 namespace bitpalette {
 namespace {
-
-// Shared memory that a block's rings may take where that leaves two stages: three blocks fit on a multiprocessor then.
-constexpr int ring_target = 56 * 1024;
-constexpr int most_stages = 4;
 
 void check(const KvAttentionArgs& a) {
     const auto refuse = [](const std::string& what) { throw std::invalid_argument("kv attention: " + what); };
@@ -62,67 +56,21 @@ void check(const KvAttentionArgs& a) {
     rotation(a.rotate_out, a.rotation_out, a.head_dim_v);
 }
 
-// Warps and stages: three or four stages where the rings stay below the target, two of fewer warps where the device has
-// no room for more.
-struct Shape {
-    int warps, stages, shared;
-};
+} // namespace
 
-Shape shape_of(const KvAttentionArgs& a, int width, int tiles, int limit) {
-    const int stage = kv_stage_bytes(a.head_dim * a.bits_k / 8, a.head_dim_v * a.bits_v / 8);
-    for (int warps = kv_most_warps; warps >= 1; warps /= 2) {
-        const int stages = std::clamp(ring_target / (warps * stage), 2, most_stages);
-        const int shared =
-            kv_query_bytes(width, tiles) + std::max(warps * stages * stage, kv_result_bytes(width, tiles, warps));
-        if (shared <= limit)
-            return {warps, stages, shared};
-    }
-    throw std::invalid_argument("kv attention: stages of " + std::to_string(stage) + " bytes do not fit into " +
-                                std::to_string(limit) + " bytes of shared memory");
-}
-
-template <int Width, int Tiles, int BitsK, int BitsV>
-int start(const KvAttentionArgs& a, int shared_limit, void* stream) {
-    const int rows = a.group * a.tokens, of_block = 8 * Tiles;
-    const Shape shape = shape_of(a, Width, Tiles, shared_limit);
-    const auto grid = static_cast<unsigned>(a.batch * a.kv_heads * a.splits * ((rows + of_block - 1) / of_block));
-    if (const int error =
-            launch(kv_attention_kernel<Width, Tiles, BitsK, BitsV>, grid, static_cast<unsigned>(32 * shape.warps),
-                   static_cast<size_t>(shape.shared), stream, a, shape.warps, shape.stages))
-        return error;
-    const int64_t queries = static_cast<int64_t>(a.batch) * a.kv_heads * rows;
+int kv_combine(const KvAttentionArgs& a, void* stream) {
+    const int64_t queries = static_cast<int64_t>(a.batch) * a.kv_heads * a.group * a.tokens;
     return launch(kv_combine_kernel<0>, static_cast<unsigned>((queries + kv_combine_warps - 1) / kv_combine_warps),
                   32 * kv_combine_warps, static_cast<size_t>(kv_combine_warps * a.head_dim_v * 4), stream, a);
 }
 
-// Kernels that know their bits, for up to eight queries a kv head: the pairs that plans choose most.
-template <int Width>
-int start_few(const KvAttentionArgs& a, int shared_limit, void* stream) {
-    switch (16 * a.bits_k + a.bits_v) {
-    case 0x44:
-        return start<Width, 1, 4, 4>(a, shared_limit, stream);
-    case 0x42:
-        return start<Width, 1, 4, 2>(a, shared_limit, stream);
-    case 0x33:
-        return start<Width, 1, 3, 3>(a, shared_limit, stream);
-    case 0x22:
-        return start<Width, 1, 2, 2>(a, shared_limit, stream);
-    default:
-        return start<Width, 1, 0, 0>(a, shared_limit, stream);
-    }
-}
-
-} // namespace
-
 int kv_attention(const KvAttentionArgs& a, int shared_limit, void* stream) {
     check(a);
     const int width = std::max(a.head_dim, a.head_dim_v);
-    const bool few = a.group * a.tokens <= 8;
-    if (width > 128) // the outputs of 16 queries would be 128 registers
-        return start<256, 1, 0, 0>(a, shared_limit, stream);
-    if (width > 64)
-        return few ? start_few<128>(a, shared_limit, stream) : start<128, 2, 0, 0>(a, shared_limit, stream);
-    return few ? start_few<64>(a, shared_limit, stream) : start<64, 2, 0, 0>(a, shared_limit, stream);
+    const auto run = width > 128 ? kv_attention_256 : width > 64 ? kv_attention_128 : kv_attention_64;
+    if (const int error = run(a, shared_limit, stream))
+        return error;
+    return kv_combine(a, stream);
 }
 
 } // namespace bitpalette

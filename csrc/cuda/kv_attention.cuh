@@ -36,6 +36,14 @@ BP_DEVICE void kv_with_bits(int bits, Call call) {
 BP_HOST_DEVICE constexpr int kv_stage_bytes(int row_bytes_k, int row_bytes_v) {
     return kv_step * (row_bytes_k + row_bytes_v) + 2 * kv_step * 2;
 }
+// Of a warp: its ring, and behind it room for a step whose rows are narrower than Width.
+BP_HOST_DEVICE constexpr int kv_warp_bytes(int width, int bits_k, int bits_v, int head_dim, int head_dim_v,
+                                           int stages) {
+    const int stage = kv_stage_bytes(head_dim * bits_k / 8, head_dim_v * bits_v / 8);
+    const int keys = head_dim == width ? 0 : kv_step * width * bits_k / 8;
+    const int values = head_dim_v == width ? 0 : kv_step * width * bits_v / 8;
+    return stages * stage + keys + values;
+}
 // Queries in fp32 and their factors; behind them the rings, and in their place, at the end, what the warps have.
 BP_HOST_DEVICE constexpr int kv_query_stride(int width) {
     return width + 4;
@@ -52,6 +60,9 @@ class KvAttention {
   public:
     static constexpr int queries = 8 * Tiles;
     static constexpr int stride = kv_query_stride(Width);
+    // Kernels that know their bits have keys and values of Width elements: everything of a row is known.
+    static constexpr bool exact = BitsK != 0;
+    static_assert((BitsK != 0) == (BitsV != 0));
 
     BP_DEVICE KvAttention(const KvAttentionArgs& args, uint8_t* shared, int warps, int stages)
         : args_(args), warps_(warps), stages_(stages), lane_(static_cast<int>(ptx::lane())),
@@ -66,10 +77,17 @@ class KvAttention {
         index /= blocks;
         head_ = static_cast<int>(index % static_cast<unsigned>(args.kv_heads));
         row_ = static_cast<int>(index / static_cast<unsigned>(args.kv_heads));
-        row_bytes_k_ = args.head_dim * (BitsK != 0 ? BitsK : args.bits_k) / 8;
-        row_bytes_v_ = args.head_dim_v * (BitsV != 0 ? BitsV : args.bits_v) / 8;
-        stage_bytes_ = kv_stage_bytes(row_bytes_k_, row_bytes_v_);
-        ring_ = rings_ + warp_ * stages_ * stage_bytes_;
+        const int bits_k = exact ? BitsK : args.bits_k, bits_v = exact ? BitsV : args.bits_v;
+        row_bytes_k_ = head_dim() * bits_k / 8;
+        row_bytes_v_ = head_dim_v() * bits_v / 8;
+        ring_ = rings_ + warp_ * kv_warp_bytes(Width, bits_k, bits_v, head_dim(), head_dim_v(), stages_);
+        // kv_key_swizzle and kv_value_swizzle of a piece's row, without division; narrower rows are copied as they are
+        key_mask_ = head_dim() == Width && row_bytes_k_ % 128 == 0 ? 4 : 0;
+        key_shift_ = row_bytes_k_ == 256 ? 4 : 3;
+        value_mask_ = head_dim_v() == Width && kv_value_permuted(row_bytes_v_) ? 6 : 0;
+        value_shift_ = row_bytes_v_ == 256 ? 5 : row_bytes_v_ == 128 ? 4 : 3;
+        wide_keys_ = ring_ + stages_ * stage_bytes();
+        wide_values_ = wide_keys_ + (head_dim() == Width ? 0 : kv_step * Width * bits_k / 8);
     }
 
     BP_DEVICE void run() {
@@ -107,7 +125,7 @@ class KvAttention {
         table_ = args_.block_table + static_cast<int64_t>(row_) * args_.table_row;
         next_page_ = next_ < last_ ? table_[next_ / 2] : 0;
         for (int stage = 0; stage < stages_ - 1; ++stage)
-            fetch(ring_ + stage * stage_bytes_);
+            fetch(ring_ + stage * stage_bytes());
     }
 
     // The warp's next half page on the way; an empty group behind the last.
@@ -115,19 +133,13 @@ class KvAttention {
         if (next_ < last_) {
             const int64_t row =
                 (static_cast<int64_t>(next_page_) * args_.kv_heads + head_) * kv_page + next_ % 2 * kv_step;
-            const uint8_t* keys = args_.k_codes + row * row_bytes_k_;
-            const uint8_t* values = args_.v_codes + row * row_bytes_v_;
-            for (int i = lane_; i < 2 * row_bytes_k_; i += 32)
-                ptx::cp_async16_once(stage + 16 * (i ^ kv_key_swizzle(i * 16 / row_bytes_k_, row_bytes_k_)),
-                                     keys + 16 * i, true);
-            stage += kv_step * row_bytes_k_;
-            for (int i = lane_; i < 2 * row_bytes_v_; i += 32)
-                ptx::cp_async16_once(stage + 16 * (i ^ kv_value_swizzle(i * 16 / row_bytes_v_, row_bytes_v_)),
-                                     values + 16 * i, true);
-            stage += kv_step * row_bytes_v_;
+            copy<BitsK>(args_.k_codes, row, row_bytes_k_, key_shift_, 2, key_mask_, stage);
+            copy<BitsV>(args_.v_codes, row, row_bytes_v_, value_shift_, 1, value_mask_,
+                        stage + kv_step * row_bytes_k());
             if (lane_ < 8) {
                 const uint16_t* gain = lane_ < 4 ? args_.k_gain : args_.v_gain;
-                ptx::cp_async16_once(stage + 16 * lane_, gain + row + lane_ % 4 * 8, true);
+                uint8_t* gains = stage + kv_step * (row_bytes_k() + row_bytes_v());
+                ptx::cp_async16_once(gains + 16 * lane_, gain + row + lane_ % 4 * 8, true);
             }
             next_ += warps_;
             if (next_ < last_)
@@ -135,6 +147,30 @@ class KvAttention {
         }
         ptx::cp_async_commit();
     }
+
+    // 32 rows, the first of which is `row`, in pieces of 16 bytes: piece i goes to place i ^ (i >> shift << left &
+    // mask).
+    template <int Bits>
+    BP_DEVICE void copy(const uint8_t* codes, int64_t row, int row_bytes, int shift, int left, int mask, uint8_t* to) {
+        const uint8_t* from = codes + row * (exact ? Width * Bits / 8 : row_bytes) + 16 * lane_;
+        if constexpr (exact) {
+            BP_UNROLL
+            for (int k = 0; k < Width * Bits / 4; k += 32) {
+                const int i = k + lane_;
+                if (k + 32 <= Width * Bits / 4 || i < Width * Bits / 4)
+                    ptx::cp_async16_once(to + 16 * (i ^ (i >> shift << left & mask)), from + 16 * k, true);
+            }
+        } else {
+            for (int i = lane_; i < 2 * row_bytes; i += 32, from += 16 * 32)
+                ptx::cp_async16_once(to + 16 * (i ^ (i >> shift << left & mask)), from, true);
+        }
+    }
+
+    BP_DEVICE int head_dim() const { return exact ? Width : args_.head_dim; }
+    BP_DEVICE int head_dim_v() const { return exact ? Width : args_.head_dim_v; }
+    BP_DEVICE int row_bytes_k() const { return exact ? Width * BitsK / 8 : row_bytes_k_; }
+    BP_DEVICE int row_bytes_v() const { return exact ? Width * BitsV / 8 : row_bytes_v_; }
+    BP_DEVICE int stage_bytes() const { return kv_stage_bytes(row_bytes_k(), row_bytes_v()); }
 
     BP_DEVICE void wait() const {
         if (stages_ == 2)
@@ -186,22 +222,25 @@ class KvAttention {
         const int seen_from = span.first_seen(args_.tokens - 1, args_.sliding_window);
         const int seen_to = ptx::min(span.first_new + 1, span.dense[0] + span.pages);
         const int end = span.dense[0] + span.pages;
-        uint8_t *stage = ring_, *free_stage = ring_ + (stages_ - 1) * stage_bytes_;
+        uint8_t *stage = ring_, *free_stage = ring_ + (stages_ - 1) * stage_bytes();
         uint8_t* const last_stage = free_stage;
         for (int step = begin_; step < last_; step += warps_) {
             wait();
             // what the other lanes copied is here, and what they read in the last round is free
             BP_MUTATE(kv_missing_sync_warp, , ptx::sync_warp());
             fetch(free_stage);
-            const uint8_t* values = stage + kv_step * row_bytes_k_;
-            const uint16_t* gain = reinterpret_cast<const uint16_t*>(values + kv_step * row_bytes_v_);
+            const uint8_t* values = stage + kv_step * row_bytes_k();
+            const uint16_t* gain = reinterpret_cast<const uint16_t*>(values + kv_step * row_bytes_v());
             const int first = span.dense[0] + step * kv_step;
             const bool all = first >= seen_from && first + kv_step <= seen_to;
             raise_unit(ptx::lds(gain + kv_step + lane_), first + lane_ < end);
             float score[2][Tiles][4] = {};
-            kv_with_bits<BitsK>(args_.bits_k, [&](auto bits) {
-                kv_scores<decltype(bits)::value, Width, Tiles>(stage, args_.head_dim, query, score);
-            });
+            const uint8_t* keys = stage;
+            if constexpr (!exact)
+                if (head_dim() != Width || head_dim_v() != Width)
+                    widen(keys, values);
+            kv_with_bits<BitsK>(args_.bits_k,
+                                [&](auto bits) { kv_scores<decltype(bits)::value, Width, Tiles>(keys, query, score); });
             float key_gain[4], value_gain[4];
             int position[4];
             BP_UNROLL
@@ -216,12 +255,33 @@ class KvAttention {
             float rest[2][Tiles][4];
             kv_weights<Half>(score, weight, rest);
             kv_with_bits<BitsV>(args_.bits_v, [&](auto bits) {
-                kv_outputs<decltype(bits)::value, Width, Tiles>(values, args_.head_dim_v, weight, sums_.out);
+                kv_outputs<decltype(bits)::value, Width, Tiles>(values, weight, sums_.out);
             });
             free_stage = stage;
-            stage = stage == last_stage ? ring_ : stage + stage_bytes_;
+            stage = stage == last_stage ? ring_ : stage + stage_bytes();
         }
         ptx::cp_async_wait<0>();
+    }
+
+    // Rows that are narrower than Width, as wide ones.
+    BP_DEVICE void widen(const uint8_t*& keys, const uint8_t*& values) {
+        if (args_.head_dim != Width) {
+            kv_with_bits<BitsK>(args_.bits_k, [&](auto bits) {
+                kv_widen<decltype(bits)::value, Width>(keys, args_.head_dim, wide_keys_, [](int row, int row_bytes) {
+                    return kv_key_swizzle(row, row_bytes);
+                });
+            });
+            keys = wide_keys_;
+        }
+        if (args_.head_dim_v != Width) {
+            kv_with_bits<BitsV>(args_.bits_v, [&](auto bits) {
+                kv_widen<decltype(bits)::value, Width>(
+                    values, args_.head_dim_v, wide_values_,
+                    [](int row, int row_bytes) { return kv_value_swizzle(row, row_bytes); });
+            });
+            values = wide_values_;
+        }
+        ptx::sync_warp();
     }
 
     template <int Bits>
@@ -331,9 +391,10 @@ class KvAttention {
     int rows_; // of queries, of all blocks
     float* query_;
     float* factor_;
-    uint8_t *rings_, *ring_;
+    uint8_t *rings_, *ring_, *wide_keys_, *wide_values_;
     int row_, head_, split_, first_query_;
-    int row_bytes_k_, row_bytes_v_, stage_bytes_;
+    int row_bytes_k_, row_bytes_v_;
+    int key_mask_, key_shift_, value_mask_, value_shift_;
     int begin_ = 0, next_ = 0, last_ = 0; // half pages
     const int32_t* table_ = nullptr;
     int32_t next_page_ = 0;

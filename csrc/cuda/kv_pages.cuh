@@ -6,7 +6,8 @@
 // bytes of tokens 2t, 2t + 1, 2t + 8, 2t + 9, and halves of words of two tokens make one word of pairs.
 //
 // Rows are copied in pieces of 16 bytes, and the places of pieces are permuted (xor within 128 bytes) so that a warp's
-// reads meet each bank once: rows of keys of 128 or 256 bytes, rows of values of 32, 64, 128 or 256.
+// reads meet each bank once: rows of keys of 128 or 256 bytes, rows of values of 32, 64, 128 or 256. Reading takes rows
+// of Width elements; narrower ones are brought into that form first, which costs about as much as the products.
 #pragma once
 
 #include "kv_levels.cuh"
@@ -18,8 +19,11 @@ namespace bitpalette {
 BP_DEVICE int kv_key_swizzle(int row, int row_bytes) {
     return row_bytes % 128 == 0 ? row % 2 * 4 : 0;
 }
+BP_DEVICE bool kv_value_permuted(int row_bytes) {
+    return row_bytes >= 32 && (row_bytes & (row_bytes - 1)) == 0;
+}
 BP_DEVICE int kv_value_swizzle(int row, int row_bytes) {
-    if (row_bytes < 32 || (row_bytes & (row_bytes - 1)) != 0)
+    if (!kv_value_permuted(row_bytes))
         return 0;
     return (row_bytes == 32 ? row / 4 : row / 2) % 4 * 2; // neighbours 2t, 2t + 2 apart
 }
@@ -72,56 +76,40 @@ BP_DEVICE void kv_read(const uint8_t* from, uint32_t (&to)[Bytes < 4 ? 1 : Bytes
     }
 }
 
-// The same two bytes at a time (rows of 2 n bytes may begin anywhere) from byte `at` of a row on, zeros from byte `end`
-// of the row on. swizzle: of that row's pieces.
-template <int Bytes>
-BP_DEVICE void kv_read_ragged(const uint8_t* rows, int row, int row_bytes, int at, int end, int swizzle,
-                              uint32_t (&to)[Bytes < 4 ? 1 : Bytes / 4]) {
-    constexpr int unit = Bytes < 2 ? 1 : 2;
-    BP_UNROLL
-    for (int i = 0; i < Bytes; i += unit) {
-        if (i % 4 == 0)
-            to[i / 4] = 0;
-        if (at + i >= end)
-            continue;
-        const uint8_t* from = rows + ((row * row_bytes + at + i) ^ swizzle * 16);
-        if constexpr (Bytes == 1)
-            to[0] = ptx::lds(from);
-        else
-            to[i / 4] |= static_cast<uint32_t>(ptx::lds(reinterpret_cast<const uint16_t*>(from))) << i % 4 * 8;
+// 32 rows of codes as they are in memory, to where the readers below want those of Width elements. Rows are whole words
+// but for 3 bits of an odd number of 16 elements. What lies behind a row's codes stays what it was: such keys meet
+// queries of zero, and such outputs are not written.
+template <int Bits, int Width, class Swizzle>
+BP_DEVICE void kv_widen(const uint8_t* from, int width, uint8_t* to, Swizzle swizzle) {
+    using Row = KvRow<Bits, Width>;
+    constexpr int row_bytes = Width * Bits / 8;
+    const int row = static_cast<int>(ptx::lane()), low = width * Row::plane / 8, all = width * Bits / 8;
+    const int permuted = swizzle(row, row_bytes) * 16;
+    from += row * all;
+    BP_ROLLED
+    for (int i = 0; i < all; i += 2) {
+        const int at = i < low ? i : i - low + Width / 4;
+        const uint16_t two = ptx::lds(reinterpret_cast<const uint16_t*>(from + i));
+        ptx::sts(reinterpret_cast<uint16_t*>(to + ((row * row_bytes + at) ^ permuted)), two);
     }
 }
 
 // score += keys [32 tokens] times queries: fragments [k-step][tile].
 template <int Bits, int Width, int Tiles>
-BP_DEVICE void kv_scores(const uint8_t* rows, int width, const uint32_t (&query)[Width / 16][Tiles][2],
+BP_DEVICE void kv_scores(const uint8_t* rows, const uint32_t (&query)[Width / 16][Tiles][2],
                          float (&score)[2][Tiles][4]) {
     using Row = KvRow<Bits, Width>;
-    constexpr int fields = Row::fields, vector = Row::vector;
+    constexpr int fields = Row::fields, vector = Row::vector, row_bytes = Width * Bits / 8;
     const int lane = static_cast<int>(ptx::lane()), g = lane / 4, t = lane % 4;
     BP_UNROLL
     for (int first = 0; first < Row::words; first += vector) {
         uint32_t word[4][vector], high[4][vector == 4 ? 2 : 1] = {};
-        const int at = 16 * first + 4 * vector * t;
-        if (width == Width) {
-            constexpr int row_bytes = Width * Bits / 8;
-            const int of_lane = (g * row_bytes + 16 * first + 4 * vector * t) ^ kv_key_swizzle(g, row_bytes) * 16;
-            BP_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                kv_read<4 * vector>(rows + of_lane + 8 * i * row_bytes, word[i]);
-                if constexpr (Bits == 3)
-                    kv_read<2 * vector>(rows + (g + 8 * i) * row_bytes + Width / 4 + 2 * vector * t, high[i]);
-            }
-        } else {
-            const int row_bytes = width * Bits / 8, low = width * Row::plane / 8;
-            const int swizzle = kv_key_swizzle(g, row_bytes);
-            BP_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                kv_read_ragged<4 * vector>(rows, g + 8 * i, row_bytes, at, low, swizzle, word[i]);
-                if constexpr (Bits == 3)
-                    kv_read_ragged<2 * vector>(rows, g + 8 * i, row_bytes, low + 2 * vector * t, row_bytes, swizzle,
-                                               high[i]);
-            }
+        const int of_lane = (g * row_bytes + 16 * first + 4 * vector * t) ^ kv_key_swizzle(g, row_bytes) * 16;
+        BP_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            kv_read<4 * vector>(rows + of_lane + 8 * i * row_bytes, word[i]);
+            if constexpr (Bits == 3)
+                kv_read<2 * vector>(rows + (g + 8 * i) * row_bytes + Width / 4 + 2 * vector * t, high[i]);
         }
         BP_UNROLL
         for (int w = 0; w < vector; ++w) {
@@ -150,12 +138,13 @@ BP_DEVICE void kv_scores(const uint8_t* rows, int width, const uint32_t (&query)
 
 // out += values [32 tokens], transposed, times weights.
 template <int Bits, int Width, int Tiles>
-BP_DEVICE void kv_outputs(const uint8_t* rows, int width, const uint32_t (&weight)[2][Tiles][2],
+BP_DEVICE void kv_outputs(const uint8_t* rows, const uint32_t (&weight)[2][Tiles][2],
                           float (&out)[Width / 16][Tiles][4]) {
     using Row = KvRow<Bits, Width>;
     constexpr int fields = Row::fields, chunk = Row::chunk, words = Row::chunk_words;
     constexpr int halves = chunk < 4 ? 1 : 2; // of a word
     constexpr int high_bytes = chunk / 2;     // of 3 bits
+    constexpr int row_bytes = Width * Bits / 8;
     const int lane = static_cast<int>(ptx::lane()), g = lane / 4, t = lane % 4;
     BP_UNROLL
     for (int half = 0; half < 2; ++half)
@@ -164,21 +153,11 @@ BP_DEVICE void kv_outputs(const uint8_t* rows, int width, const uint32_t (&weigh
         uint32_t word[4][words], high[4][high_bytes < 4 ? 1 : high_bytes / 4] = {};
         BP_UNROLL
         for (int i = 0; i < 4; ++i) { // tokens 2t, 2t + 1, 2t + 8, 2t + 9 of a half
-            const int of_half = 2 * t + i / 2 * 8 + i % 2, at = 8 * first + chunk * g;
-            if (width == Width) {
-                constexpr int row_bytes = Width * Bits / 8;
-                const int swizzle = kv_value_swizzle(of_half, row_bytes);
-                const uint8_t* from = rows + 16 * half * row_bytes;
-                kv_read<chunk>(from + 8 * first + ((of_half * row_bytes + chunk * g) ^ swizzle * 16), word[i]);
-                if constexpr (Bits == 3)
-                    kv_read<high_bytes>(from + of_half * row_bytes + Width / 4 + high_bytes * g, high[i]);
-            } else {
-                const int row_bytes = width * Bits / 8, low = width * Row::plane / 8, row = 16 * half + of_half;
-                const int swizzle = kv_value_swizzle(row, row_bytes);
-                kv_read_ragged<chunk>(rows, row, row_bytes, at, low, swizzle, word[i]);
-                if constexpr (Bits == 3)
-                    kv_read_ragged<high_bytes>(rows, row, row_bytes, low + high_bytes * g, row_bytes, swizzle, high[i]);
-            }
+            const int row = 2 * t + i / 2 * 8 + i % 2, swizzle = kv_value_swizzle(row, row_bytes);
+            const uint8_t* from = rows + 16 * half * row_bytes;
+            kv_read<chunk>(from + 8 * first + ((row * row_bytes + chunk * g) ^ swizzle * 16), word[i]);
+            if constexpr (Bits == 3)
+                kv_read<high_bytes>(from + row * row_bytes + Width / 4 + high_bytes * g, high[i]);
         }
         BP_UNROLL
         for (int unit = 0; unit < words * halves; ++unit) {

@@ -74,9 +74,10 @@ struct KvSums {
                           float softcap, const int (&position)[4], bool all) {
         kv_each<Tiles>(score, [&](float& s, int i, int j) { s *= key_gain[i] * factor[j]; });
         if (softcap > 0) {
+            const float twice = 2 * ptx::rcp_approx(softcap);
             kv_each<Tiles>(score, [&](float& s, int, int) {
                 // tanh x = 1 - 2 / (e^2x + 1)
-                s = softcap * kv_log2e * (1 - 2 * ptx::rcp_approx(ptx::exp2_approx(s * (2 / softcap)) + 1));
+                s = softcap * kv_log2e * (1 - 2 * ptx::rcp_approx(ptx::exp2_approx(s * twice) + 1));
             });
         }
         if (!all)

@@ -34,6 +34,7 @@
 #define BP_GLOBAL __global__
 #define BP_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define BP_UNROLL _Pragma("unroll")
+#define BP_ROLLED _Pragma("unroll 1")
 // uint8_t* NAME to the dynamic shared memory of the block; 128 bytes are one row of the 32 banks
 #define BP_DYNAMIC_SHARED(name)                                                                                        \
     extern __shared__ __align__(128) uint8_t bp_dynamic_shared[];                                                      \

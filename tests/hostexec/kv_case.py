@@ -14,7 +14,7 @@ from bitpalette.quant.kv_token import decode, encode, pack, packed_bytes, rotate
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
-SOURCES = [CUDA / "kv_attention.cu", HERE / "kv_attention_entry.cpp"]
+SOURCES = [*sorted(CUDA.glob("kv_attention*.cu")), HERE / "kv_attention_entry.cpp"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PAGE = 64
 LIMIT = 99 * 1024
@@ -89,7 +89,9 @@ class Cache:
         gain = torch.full((self.pages, s.kv_heads, PAGE), math.nan, dtype=torch.float16)
         decoded = torch.zeros(self.batch, tokens, s.kv_heads, width, dtype=torch.float64)
         for row, n in enumerate(s.lengths):
-            size = torch.exp(self._random(n, s.kv_heads, 1)) * scale
+            if n == 0:
+                continue
+            size = torch.exp(self._random(n, s.kv_heads, 1) * (0.2 if unbiased else 1)) * scale
             c, gains = encode(self._random(n, s.kv_heads, width) * size, bits, unbiased)
             t = torch.arange(n)
             page, slot = self.table[row].long()[t // PAGE], t % PAGE

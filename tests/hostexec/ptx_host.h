@@ -14,6 +14,7 @@
 #define BP_GLOBAL
 #define BP_LAUNCH_BOUNDS(threads, blocks)
 #define BP_UNROLL
+#define BP_ROLLED
 #define BP_DYNAMIC_SHARED(name) uint8_t* const name = ::hostexec::current.shared
 
 // CUDA's vector types, with CUDA's alignment
