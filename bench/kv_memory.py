@@ -1,6 +1,6 @@
 """Bytes that a packed cache allocates, beside those of a 16-bit cache and beside the formula.
 
-    python bench/kv_memory.py [--tokens 8192 --tokens 32768] [--format k4v4] [--kv-heads 8] [--head-dim 128] [--layers 32]
+    python bench/kv_memory.py [--tokens 8192] [--format k4v4] [--kv-heads 8] [--head-dim 128] [--layers 32]
 
 One layer is filled, token by token at its end, and its tensors counted; layers are alike. Without a number of tokens
 given beforehand (`reserve`) pages are allocated a sixteenth at a time; both are shown.

@@ -17,7 +17,7 @@ from typing import Any
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from .calibrate.kv_allocate import within_bits
-from .formats.kv_plan_file import KV_PLAN_NAME, KVCalibration, StoredKVPlan, read_kv_plan
+from .formats.kv_plan_file import KV_PLAN_NAME, StoredKVPlan, read_kv_plan
 from .kv_cache import PACKED
 from .quant.kv_format import KVError, KVFormat
 from .quant.kv_plan import KVPlan
@@ -34,41 +34,53 @@ def plan_from_spec(spec: str | None, directory: str | Path | None, config: Any =
     KVError for a spec that says nothing, or asks for what the checkpoint does not have; FormatError for a plan file
     that cannot be read.
     """
+    stored = stored_from_spec(spec, directory, config)
+    return None if stored is None else stored.plan
+
+
+def stored_from_spec(spec: str | None, directory: str | Path | None, config: Any = None) -> StoredKVPlan | None:
+    """As `plan_from_spec`, with how the checkpoint's plan was found."""
     name, at, place = (spec or "").strip().partition("@")
     if at and not Path(place).exists():
         raise KVError(f"--kv {spec}: there is no {place!r}; give a folder with {KV_PLAN_NAME}, or such a file")
+    name = name.lower()
     folder = place if at else directory
     if folder is not None and not Path(folder).exists():  # a hub id
         folder = None
     if name == OFF:
         return None
     stored = None if folder is None else read_kv_plan(folder)
-    plan = _resolve(name, stored, folder, spec)
-    if plan is not None and config is not None:
-        plan.check(packed_layers(config))
-    return plan
+    if spec is None and stored is None:
+        return None
+    found = _resolve(name, stored, folder, spec)
+    if config is not None:
+        found.plan.check(packed_layers(config))
+    return found
 
 
-def _resolve(name: str, stored: StoredKVPlan | None, folder: str | Path | None, spec: str | None) -> KVPlan | None:
+def _resolve(name: str, stored: StoredKVPlan | None, folder: str | Path | None, spec: str | None) -> StoredKVPlan:
+    where = "this checkpoint" if folder is None else folder
     if name in ("", STORED):
-        if stored is None and spec is not None:
-            raise KVError(f"--kv {spec}: {folder} has no {KV_PLAN_NAME}; write one with `quantize plan-kv`")
-        return None if stored is None else stored.plan
+        if stored is None:
+            raise KVError(f"--kv {spec}: {where} has no {KV_PLAN_NAME}; write one with `quantize plan-kv`")
+        return stored
     if name.startswith(AUTO):
         bits = _bits(name, spec)
         if stored is None or stored.calibration is None:
             lacks = f"has no {KV_PLAN_NAME}" if stored is None else "has a plan without sensitivities"
             raise KVError(
-                f"--kv {spec} is solved from measured sensitivities, and {folder} {lacks}; run `quantize plan-kv` on it"
+                f"--kv {spec} is solved from measured sensitivities, and {where} {lacks}; run `quantize plan-kv` on it"
             )
-        return solve_again(stored, stored.calibration, bits)
+        pairs = within_bits(stored.calibration.layers, bits).pairs
+        return StoredKVPlan(with_pairs(stored.plan, pairs), stored.calibration)
     if name.startswith("auto"):
         raise KVError(f"--kv {spec}: say how many bits an element, as in {AUTO}3.25")
     if stored is None:
-        return KVPlan(KVFormat.parse(name))
+        return StoredKVPlan(KVPlan(KVFormat.parse(name)))
     exact = stored.plan.default
     form = KVFormat.parse(name, sinks=exact.sinks, window=exact.window)
-    return KVPlan(form, means=stored.plan.means if form.kind == "token" else {})
+    means = stored.plan.means if form.kind == "token" else {}
+    return StoredKVPlan(KVPlan(form, means=means), stored.calibration)
 
 
 def _bits(name: str, spec: str | None) -> float:
@@ -79,11 +91,6 @@ def _bits(name: str, spec: str | None) -> float:
     if not 2 < bits <= 16:
         raise KVError(f"--kv {spec}: bits an element are above 2 and at most 16, as in {AUTO}3.25")
     return bits
-
-
-def solve_again(stored: StoredKVPlan, calibration: KVCalibration, bits: float) -> KVPlan:
-    """The stored plan with other bits: at most `bits` an element on average, gains counted."""
-    return with_pairs(stored.plan, within_bits(calibration.layers, bits).pairs)
 
 
 def with_pairs(plan: KVPlan, pairs: Mapping[int, tuple[int, int]]) -> KVPlan:

@@ -8,6 +8,7 @@ states that no other state dominates (Nemhauser and Ullmann, Management Science 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,7 +123,7 @@ def _relax(items: list[_Item], budget: int) -> tuple[list[int], float, float]:
     hulls = [item.hull() for item in items]
     steps = []  # (slope, item, position on its hull)
     for i, (item, hull) in enumerate(zip(items, hulls, strict=True)):
-        steps += [(item._slope(a, b), i, at) for at, (a, b) in enumerate(zip(hull, hull[1:], strict=False))]
+        steps += [(item._slope(a, b), i, at) for at, (a, b) in enumerate(itertools.pairwise(hull))]
     choice = [hull[0] for hull in hulls]
     left = budget - _size(items, choice)
     price, bound = 0.0, None

@@ -26,6 +26,7 @@ from .manifest import MANIFEST_NAME, hash_file, read_manifest, rewrite_manifest
 from .safetensors_file import SafetensorsFile
 
 KV_PLAN_NAME = "bitpalette_kv.safetensors"
+SUFFIX = ".safetensors"
 KV_PLAN_VERSION = 1
 """Raised whenever an older reader would misread what is written."""
 
@@ -100,9 +101,21 @@ class StoredKVPlan:
 
 
 def kv_plan_path(place: str | os.PathLike[str]) -> Path:
-    """Where the plan of a checkpoint's folder, or the plan file `place` itself, lies."""
+    """The plan file in the folder `place`, or `place` itself where it is a file or is named like one."""
     path = Path(place)
-    return path / KV_PLAN_NAME if path.is_dir() else path
+    return path if path.is_file() or path.suffix == SUFFIX else path / KV_PLAN_NAME
+
+
+def prepare_place(place: str | os.PathLike[str]) -> Path:
+    """Make the folder that the plan goes to; returns the plan's path. FormatError where nothing can be written."""
+    path = kv_plan_path(place)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"{path.parent}: cannot be made: {error.strerror}; choose another place") from error
+    if not os.access(path.parent, os.W_OK):
+        raise FormatError(f"{path.parent}: is not writable; choose another place for the plan")
+    return path
 
 
 def read_kv_plan(place: str | os.PathLike[str]) -> StoredKVPlan | None:
@@ -116,17 +129,18 @@ def read_kv_plan(place: str | os.PathLike[str]) -> StoredKVPlan | None:
         default = KVFormat.from_dict(contents.default)
         layers = {layer: KVFormat.from_dict(values) for layer, values in contents.layers.items()}
     except (KVError, TypeError) as error:
-        raise FormatError(f"{path}: {error}; write the plan again") from error
+        raise FormatError(f"{path}: {error}; delete the file, or write the plan again") from error
     means = {}
     for name, info in file.tensors.items():
         layer = _layer_of(name)
         if layer is None or info.dtype != torch.float32 or len(info.shape) != 2:
             raise FormatError(
-                f"{path}: tensor {name!r} {info.dtype} {list(info.shape)} is no mean of keys; write the plan again"
+                f"{path}: tensor {name!r} {info.dtype} {list(info.shape)} is no mean of keys; delete the file, or "
+                "write the plan again"
             )
         means[layer] = file.read(name)
         if not bool(means[layer].isfinite().all()):
-            raise FormatError(f"{path}: tensor {name!r} is not finite; write the plan again")
+            raise FormatError(f"{path}: tensor {name!r} is not finite; delete the file, or write the plan again")
     return StoredKVPlan(KVPlan(default, layers, means), contents.calibration)
 
 
@@ -135,7 +149,7 @@ def write_kv_plan(place: str | os.PathLike[str], stored: StoredKVPlan, bitpalett
 
     Interrupted, the folder has the old plan or the new one, or none that its manifest speaks of.
     """
-    path = kv_plan_path(place)
+    path = prepare_place(place)
     contents = _Contents(
         version=KV_PLAN_VERSION,
         bitpalette_version=bitpalette_version,
@@ -150,10 +164,6 @@ def write_kv_plan(place: str | os.PathLike[str], stored: StoredKVPlan, bitpalett
         manifest = read_manifest(path.parent)
         if manifest.files.pop(path.name, None) is not None:
             rewrite_manifest(path.parent, manifest)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FormatError(f"{path.parent}: cannot be made: {error.strerror}; choose another place") from error
     write_atomically(path, content)
     if listed:
         manifest.files[path.name] = hash_file(path)
@@ -168,7 +178,7 @@ def _contents(path: Path, metadata: Mapping[str, str]) -> _Contents:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise FormatError(f"{path}: the plan is no JSON ({error}); write the plan again") from error
+        raise FormatError(f"{path}: the plan is no JSON ({error}); delete the file, or write the plan again") from error
     version = values.get("version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > KV_PLAN_VERSION:
         raise FormatError(
@@ -180,7 +190,9 @@ def _contents(path: Path, metadata: Mapping[str, str]) -> _Contents:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise FormatError(f"{path}: {place or 'plan'}: {first['msg']}; write the plan again") from error
+        raise FormatError(
+            f"{path}: {place or 'plan'}: {first['msg']}; delete the file, or write the plan again"
+        ) from error
 
 
 def _layer_of(name: str) -> int | None:

@@ -13,6 +13,7 @@ more than the window (`rollback`): tokens that are already quantized but come ba
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -29,10 +30,13 @@ Ints = NDArray[np.int64]
 
 @runtime_checkable
 class RowEncoder(Protocol):
-    """An encoder that appends to all parts of all rows in one call."""
+    """An encoder that does the work of a step in one call: beside it a step of Python costs more than the tokens."""
 
-    def append_rows(self, rows: KVRows, k: Tensor, v: Tensor, skip: Ints, length_after: Ints, until: Ints) -> None:
-        """What `KVRows._append` does: tokens quantized..until-1 into pages that are there, new ones to sinks and ring."""
+    def store(self, rows: KVRows, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What `KVRows.stored` gives."""
+
+    def append_rows(self, rows: KVRows, k: Tensor, v: Tensor, skip: Ints | None) -> bool:
+        """What `KVRows.append` does, state included; False, and nothing done, where tokens have no claimed pages."""
 
 
 class KVRows:
@@ -63,9 +67,13 @@ class KVRows:
         self.encoder = encoder
         self.row_encoder: RowEncoder | None = encoder if isinstance(encoder, RowEncoder) else None
         self.pool = self._pool()
+        self.pool.watchers.add(self)
         self.lengths: Ints = np.zeros(batch, np.int64)
         self.quantized: Ints = np.full(batch, form.sinks, np.int64)  # tokens S..quantized-1 are in pages
         self.exact_from: Ints = np.zeros(batch, np.int64)  # the ring holds tokens exact_from..length-1
+        self.claimed: Ints = np.full(batch, form.sinks, np.int64)  # tokens quantized..claimed-1 have pages of their own
+        self.native: tuple[object, ...] | None = None
+        """What native code is told of this object, as long as no tensor or array of it is replaced."""
         self.table: list[list[int]] = [[] for _ in range(batch)]
         self._block_table: Tensor | None = None
 
@@ -83,6 +91,10 @@ class KVRows:
 
     def _pool(self) -> PagePool:
         return PagePool(self.form, self.kv_heads, self.head_dim, self.head_dim_v, self.dtype, self.device)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Of a copy, whose tensors are elsewhere."""
+        return {**vars(self), "native": None}
 
     @property
     def batch(self) -> int:
@@ -129,6 +141,8 @@ class KVRows:
 
     def stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, kv_heads, n, D] -> [batch, n, kv_heads, D] in the form and dtype that sinks and window hold."""
+        if self.row_encoder is not None:
+            return self.row_encoder.store(self, key, value)
         k, v = key.transpose(1, 2), value.transpose(1, 2)
         if self.form.bits_k < 16:
             k = self._rotate(k, self.mean)
@@ -143,15 +157,19 @@ class KVRows:
 
     def append(self, k: Tensor, v: Tensor, skip: Ints) -> None:
         """n tokens more of every row, k [batch, n, kv_heads, D] of `stored`, less the first skip[b] (left padding)."""
-        if ((skip > 0) & (self.lengths > 0)).any():
+        padding = skip if skip.any() else None
+        if padding is not None and ((skip > 0) & (self.lengths > 0)).any():
             raise KVError(f"padding {skip.tolist()} after tokens {self.lengths.tolist()}; pad on the left")
+        if self.row_encoder is not None and self.row_encoder.append_rows(self, k, v, padding):
+            return
         new = self.lengths + k.shape[1] - skip
         until = np.maximum(self.quantized, self._packed_until(new))
         self._claim(until)
         if self.row_encoder is not None:
-            self.row_encoder.append_rows(self, k, v, skip, new, until)
-        else:
-            self._append(k, v, skip, new, until)
+            if not self.row_encoder.append_rows(self, k, v, padding):
+                raise AssertionError(f"pages are claimed up to {self.claimed.tolist()}, {until.tolist()} are needed")
+            return
+        self._append(k, v, skip, new, until)
         self.lengths, self.quantized = new, until
         self.exact_from = np.maximum(self.exact_from, new - self.capacity)
 
@@ -163,10 +181,14 @@ class KVRows:
             pages, page = self.table[row], (first - self.form.sinks) // PAGE
             if page < len(pages) and self.pool.users[pages[page]] > 1:
                 pages[page] = self.pool.own(pages[page])
-                self._block_table = None
             if missing := (last - 1 - self.form.sinks) // PAGE + 1 - len(pages):
                 pages += self.pool.take(missing)
-                self._block_table = None
+            self.claimed[row] = self.form.sinks + len(pages) * PAGE
+        self._changed()
+
+    def _changed(self) -> None:
+        """Tensors, arrays or the table of pages are others now."""
+        self._block_table, self.native = None, None
 
     def _append(self, k: Tensor, v: Tensor, skip: Ints, new: Ints, until: Ints) -> None:
         old = self.lengths
@@ -206,13 +228,14 @@ class KVRows:
             used = -(-(int(quantized) - self.form.sinks) // PAGE)
             self.pool.drop(pages[used:])
             del pages[used:]
-        self._block_table = None
+        self.claimed = self.quantized.copy()  # pages may be shared since they were claimed
+        self._changed()
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was; int64 [new batch], repeats allowed. Pages are shared, not copied."""
         index = rows.to("cpu", torch.int64)
         old, at = self.table, index.numpy()
-        self.table, self._block_table = [list(old[i]) for i in at], None
+        self.table = [list(old[i]) for i in at]
         for pages in self.table:
             self.pool.share(pages)
         for pages in old:
@@ -221,6 +244,32 @@ class KVRows:
         index = index.to(self.device)
         self.sink_k, self.sink_v = self.sink_k[index], self.sink_v[index]
         self.ring_k, self.ring_v = self.ring_k[index], self.ring_v[index]
+        self.claimed = self.quantized.copy()  # a page that is shared has to be copied first
+        self._changed()
+
+    def fork(self) -> KVRows:
+        """Rows with the same tokens. Pages are shared, not copied, until one of the two writes to them."""
+        other = copy.copy(self)
+        other.table = [list(pages) for pages in self.table]
+        for pages in other.table:
+            self.pool.share(pages)
+        for name in ("lengths", "quantized", "exact_from"):
+            setattr(other, name, getattr(self, name).copy())
+        for name in ("sink_k", "sink_v", "ring_k", "ring_v"):
+            setattr(other, name, getattr(self, name).clone())
+        for rows in (self, other):  # a page that is shared has to be copied first
+            rows.claimed = rows.quantized.copy()
+            rows._changed()
+            self.pool.watchers.add(rows)
+        return other
+
+    def pages_moved(self) -> None:
+        """The pool has other tensors now."""
+        self.native = None
+
+    def __del__(self) -> None:  # a fork that is gone needs its pages no more
+        for pages in getattr(self, "table", ()):
+            self.pool.drop(pages)
 
     def repeat(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other."""
@@ -233,6 +282,7 @@ class KVRows:
     def reserve(self, tokens: int) -> None:
         """Pages for rows of so many tokens, so that none are allocated on the way."""
         self.pool.reserve(self.batch * pages_of(self.form, tokens))
+        self._changed()
 
     def grow_rollback(self, rollback: int) -> None:
         """A ring that `crop` can go back `rollback` tokens in, from the tokens that are still to come on."""
@@ -248,6 +298,7 @@ class KVRows:
                 grown[to] = ring[source]
             rings.append(grown)
         self.ring_k, self.ring_v = rings
+        self._changed()
 
     def window_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """(k, v [batch, t, kv_heads, D], token int64 [batch, t], -1 where a row has none), from exact_start on."""

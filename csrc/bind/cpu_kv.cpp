@@ -1,7 +1,6 @@
 // Attention over the paged cache, and appending to it.
 #include "../cpu/kv_append.h"
 #include "../cpu/kv_attention.h"
-#include "../cpu/kv_rows.h"
 #include "bind.h"
 
 namespace py = pybind11;
@@ -41,23 +40,6 @@ KvTokens tokens_from(uintptr_t x, int dtype, int64_t token_stride, int64_t head_
             width,
             at<const float>(mean),
             rotate};
-}
-
-// (address of new tokens, their strides [batch, token], addresses of sinks, ring, codes and gains, bits, width)
-KvRowsSide side_from(const py::tuple& t) {
-    if (t.size() != 9)
-        throw std::invalid_argument("kv rows: a side is 9 numbers, not " + std::to_string(t.size()));
-    const auto address = [&](size_t i) { return t[i].cast<uintptr_t>(); };
-    const auto number = [&](size_t i) { return t[i].cast<int64_t>(); };
-    return {at<const void>(address(0)),
-            number(1),
-            number(2),
-            at<void>(address(3)),
-            at<void>(address(4)),
-            at<uint8_t>(address(5)),
-            at<uint16_t>(address(6)),
-            static_cast<int>(number(7)),
-            number(8)};
 }
 
 } // namespace
@@ -127,34 +109,6 @@ void bind_kv(py::module_& m) {
         py::arg("token_stride"), py::arg("head_stride"), py::arg("tokens"), py::arg("heads"), py::arg("width"),
         py::arg("mean"), py::arg("rotate"), py::arg("codes"), py::arg("gain"), py::arg("pages"), py::arg("bits"),
         py::arg("unbiased"), py::arg("slots"), py::arg("threads"));
-    m.def(
-        "kv_append_rows",
-        [](int isa, const py::tuple& keys, const py::tuple& values, int dtype, int64_t batch, int64_t heads,
-           int64_t sinks, int64_t capacity, int64_t pages, uintptr_t skip, uintptr_t length, uintptr_t length_after,
-           uintptr_t quantized, uintptr_t until, uintptr_t block_table, int64_t table_row, int threads) {
-            const Isa set = isa_from_index(isa);
-            const KvRowsCall call{side_from(keys),
-                                  side_from(values),
-                                  dtype_from_index(dtype),
-                                  batch,
-                                  heads,
-                                  sinks,
-                                  capacity,
-                                  pages,
-                                  at<const int64_t>(skip),
-                                  at<const int64_t>(length),
-                                  at<const int64_t>(length_after),
-                                  at<const int64_t>(quantized),
-                                  at<const int64_t>(until),
-                                  at<const int32_t>(block_table),
-                                  table_row};
-            const py::gil_scoped_release unlocked;
-            append_rows(set, call, threads);
-        },
-        "See csrc/cpu/kv_rows.h.", py::arg("isa"), py::kw_only(), py::arg("keys"), py::arg("values"), py::arg("dtype"),
-        py::arg("batch"), py::arg("heads"), py::arg("sinks"), py::arg("capacity"), py::arg("pages"), py::arg("skip"),
-        py::arg("length"), py::arg("length_after"), py::arg("quantized"), py::arg("until"), py::arg("block_table"),
-        py::arg("table_row"), py::arg("threads"));
     m.def(
         "kv_rotate",
         [](int isa, uintptr_t x, int dtype, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads,

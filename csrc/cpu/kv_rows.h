@@ -1,5 +1,7 @@
-// New tokens for the rows of a batch: what leaves the window goes to pages, the new ones to sinks and ring
-// (kernels/kv_rows.py tells of the parts).
+// The cache of one layer for the rows of a batch: storing new tokens, appending them and attention over all parts.
+//
+// kernels/kv_rows.py tells of the parts: sinks and a ring in 16 bits, pages of codes between them. Everything a call
+// needs of them is behind pointers that stay the same from token to token.
 #pragma once
 
 #include <cstdint>
@@ -9,30 +11,54 @@
 
 namespace bitpalette {
 
-// Keys or values. All 16-bit tokens are rotated, and those of keys centered.
 struct KvRowsSide {
-    const void* fresh;                // [batch, tokens, heads, width], the last two contiguous
-    int64_t fresh_batch, fresh_token; // strides in elements
-    void* sinks;                      // [batch, most_sinks, heads, width]
-    void* ring;                       // [batch, capacity, heads, width]
-    uint8_t* codes;                   // [pages, heads, 64, width * bits / 8]
-    uint16_t* gain;                   // [pages, heads, 64], fp16
+    void *sinks, *ring; // [batch, most_sinks or capacity, heads, width], rotated (and keys centered)
+    uint8_t* codes;     // [pages, heads, 64, width * bits / 8]
+    uint16_t* gain;     // [pages, heads, 64], fp16
     int bits;
     int64_t width;
 };
 
-struct KvRowsCall {
-    KvRowsSide keys, values;
-    Dtype dtype; // of all 16-bit tokens
-    int64_t batch, heads, most_sinks, capacity, pages;
-    const int64_t *skip, *length;     // [batch]: padding among the new tokens; tokens before them
-    const int64_t* length_after;      // [batch]
-    const int64_t *quantized, *until; // [batch]: tokens quantized..until-1 go to pages now
-    const int32_t* block_table;       // [batch, table_row]
+struct KvRows {
+    int64_t batch, heads, most_sinks, most_window, capacity, pages;
+    Dtype dtype;                // of tokens in 16 bits
+    const int32_t* block_table; // [batch, table_row]
     int64_t table_row;
+    int64_t *length, *quantized, *exact_from; // [batch]: the state of kernels/kv_rows.py
+    const int64_t* claimed;                   // [batch]: tokens before this one have pages of their own
+    const float* mean;                        // [heads, keys.width]; null: keys are not centered
+    KvRowsSide keys, values;
 };
 
-// std::invalid_argument for a token whose page is not among the pages.
-void append_rows(Isa isa, const KvRowsCall& call, int threads);
+// New tokens of keys or values by strides in elements; widths are contiguous.
+struct KvNew {
+    const void* x;
+    int64_t batch_stride, token_stride, head_stride;
+};
+
+// k, v in the dtype of the rows -> stored_k, stored_v [batch, tokens, heads, width]: centered and rotated.
+void store_tokens(Isa isa, const KvRows& rows, const KvNew& k, const KvNew& v, int64_t tokens, void* stored_k,
+                  void* stored_v, int threads);
+
+// Stored tokens, less the first skip[b] of a row (null: none): what leaves the window is encoded, the new ones go to
+// sinks and ring, the state goes on. False where a row has no pages for it; nothing is done then.
+bool append_tokens_to_rows(Isa isa, const KvRows& rows, const KvNew& k, const KvNew& v, int64_t tokens,
+                           const int64_t* skip, int threads);
+
+struct KvRowsQuery {
+    const void* q; // [batch, heads * group, tokens, keys.width] by strides in elements
+    Dtype dtype;
+    int64_t batch_stride, head_stride, token_stride;
+    int64_t group, tokens;
+    float scale, softcap;
+    int64_t sliding_window;
+    const float* sink_logits;
+    bool exact;
+    void* out; // [batch, tokens, heads * group, values.width] of the dtype of q, contiguous, in the model's own basis
+};
+
+// Attention of queries that are not rotated over the rows and, unless k.x is null, stored tokens not yet appended.
+void attend_rows(Isa isa, const KvRows& rows, const KvRowsQuery& query, const KvNew& k, const KvNew& v,
+                 const int64_t* skip, int threads);
 
 } // namespace bitpalette
