@@ -14,7 +14,7 @@ import torch
 
 from .calibrate.evaluate import Evaluation, chunks_of, evaluate
 from .calibrate.skeleton import DTYPES
-from .calibrate.text import check_length, read_text
+from .calibrate.text import CalibrationError, check_length, read_text
 from .calibrate.whole import load_model, load_tokenizer
 from .formats.base import Source, open_source
 from .formats.errors import FormatError
@@ -116,7 +116,11 @@ def needles(
     """What `quantize eval --needle` shows, and the plan that it used: of `kv`, None for the checkpoint's own."""
     source = open_source(checkpoint)
     positions = source.config.get("max_position_embeddings", source.config.get("n_positions"))
-    check_length(max(lengths) + QUESTION, positions, source.path)
+    if isinstance(positions, int) and max(lengths) + QUESTION > positions:
+        raise CalibrationError(
+            f"a prompt of {max(lengths)} tokens and its question are longer than the {positions} positions of "
+            f"{source.path}; give --lengths up to {positions - QUESTION}"
+        )
     model = load_any(source, DTYPES[dtype])
     plan = plan_from_spec(kv, source.path, model.config)
     if plan is None:
