@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from bitpalette import kv_evaluation
 from bitpalette.calibrate.evaluate import evaluate
 from bitpalette.calibrate.text import CalibrationError
+from bitpalette.kv_cache import QuantizedCache
 from bitpalette.kv_evaluation import evaluate_cache
 from bitpalette.kv_needle import NAMES, PAIRS, Cell, needle_table, prompt_of, score
 from bitpalette.kv_order import layer_order, with_orders
@@ -80,6 +81,11 @@ def test_fewer_bits_are_further(llama: Any) -> None:
 def test_chunks_that_fit_the_window_read_nothing_packed(llama: Any) -> None:
     found = evaluate_cache(llama, tokens(1, 20), plan("k2v2"))
     assert math.isnan(found.kl_packed) and abs(found.from_dense.kl) <= 1e-6
+
+
+def test_static_caches_are_of_tokens(llama: Any) -> None:
+    with pytest.raises(KVError, match="not 'channel'; leave static out"):
+        QuantizedCache(llama.config, plan("k2v2-channel"), tokens=100, static=True)
 
 
 def test_memory_other_than_the_formula_is_an_error(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
