@@ -210,6 +210,13 @@ class PackedLayer(CacheLayerMixin):
         setattr(keys, kv_attention.HANDLE, self.pending)
         return keys, value_states
 
+    def put(self, key_states: Tensor, value_states: Tensor, skip: NDArray[np.int64]) -> None:
+        """Tokens that no forward of the model computed, [batch, kv_heads, n, D] as it would, into an empty layer;
+        skip[b]: leading ones of a row that are padding."""
+        self.lazy_initialization(key_states, value_states)
+        self.rows.append(*self.rows.stored(key_states, value_states), skip)
+        self.length = key_states.shape[2]
+
     def check_read(self) -> None:
         """KVError where the layer's own attention has not read what it was given."""
         if self.pending is not None and self.pending.reads == 0:

@@ -100,6 +100,8 @@ class GroupRows(KVRows):
             )
         super().crop(tokens)
         self.quantized = np.where(cut, start, self.quantized)
+        self.claimed = self.quantized.copy()
+        self._changed()
 
 
 class ScaledSide(Side):
