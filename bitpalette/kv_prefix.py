@@ -61,9 +61,9 @@ def compute_prefix(model: Any, tokens: Tensor) -> Prefix:
     layers: dict[int, tuple[Tensor, Tensor]] = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicLayer):
-            if layer.get_seq_length() == 0:
-                continue  # reads the keys of another
             keys, values = layer.keys, layer.values
+            if keys is None or values is None or keys.numel() == 0:
+                continue  # reads the keys of another
             if keys.shape[2] != len(tokens):
                 raise KVError(
                     f"layer {index} keeps {keys.shape[2]} of the prefix's {len(tokens)} tokens (a sliding window); "
@@ -144,7 +144,7 @@ def with_prefix(
         layer = cache.layers[index]
         if isinstance(layer, PackedLayer):
             layer.put(keys, values, skip)
-        else:
+        elif isinstance(layer, DynamicLayer):
             layer.update(keys, values)
     return cache
 
