@@ -2,8 +2,8 @@
 
     python bench/kv_prefix.py ORIGINAL PACKED [PACKED ...] --text test.txt [--kv k4v4] [--out table.json]
 
-KL(original || packed) in nats per token over the tokens behind the prefix, which is the BOS token alone or with a system
-prompt; the packed model computes it itself, or finds the original's keys and values in its cache.
+KL(original || packed) in nats per token over the tokens behind the prefix, which is the BOS token alone or with a
+system prompt; the packed model computes it itself, or finds the original's keys and values in its cache.
 """
 
 from __future__ import annotations
