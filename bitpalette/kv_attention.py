@@ -71,7 +71,9 @@ def attention_forward(
     if options.get("output_attentions"):
         raise KVError(f"attention {NAME!r} has no weights to return; use set_attn_implementation('eager') for them")
     if handle is None:
-        return _unpacked(module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, options)
+        return _unpacked(
+            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, options
+        )
     if dropout:
         raise KVError(f"attention over a packed cache has no dropout ({dropout}); call model.eval()")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -171,6 +173,10 @@ def causal_mask(
     growing = isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
     growing &= options.get("allow_is_causal_skip", True)
     if mask_function is not causal_mask_function or not (fixed or growing):
+        if (
+            1 < q_length < kv_length
+        ):  # without a mask, `sdpa` counts queries from the first key, and this file from the last
+            options["allow_is_causal_skip"] = False
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
     if attention_mask is None:
         return None

@@ -131,7 +131,11 @@ class StaticRows(KVRows):
 
     def __init__(self, state: StaticState, form: KVFormat, kernel: KVKernel | None) -> None:
         self.form, self.dtype, self.device = form, state.sink_k.dtype, state.sink_k.device
-        self.kv_heads, self.head_dim, self.head_dim_v = state.sink_k.shape[2], state.ring_k.shape[3], state.ring_v.shape[3]
+        self.kv_heads, self.head_dim, self.head_dim_v = (
+            state.sink_k.shape[2],
+            state.ring_k.shape[3],
+            state.ring_v.shape[3],
+        )
         self.mean, self.encoder, self.native = None, kernel, None
         self.row_encoder = kernel if isinstance(kernel, RowEncoder) else None
         gains = [gain if gain.numel() or bits < 16 else None for gain, bits in _gains(state, form)]
@@ -260,9 +264,7 @@ def attend_on_device(
     return kernel.rotate(out, torch.float32)
 
 
-def append_on_device(
-    kernel: KVKernel, k: Tensor, v: Tensor, skip: Tensor, state: StaticState, form: KVFormat
-) -> None:
+def append_on_device(kernel: KVKernel, k: Tensor, v: Tensor, skip: Tensor, state: StaticState, form: KVFormat) -> None:
     """n <= window + 1 tokens or any number more of every row, k, v [batch, n, kv_heads, D] as stored, less the first
     skip[b]; nothing is read on the host. Tokens beyond the room fail an assertion on the device."""
     n, capacity, pages = k.shape[1], state.ring_k.shape[1], state.block_table.shape[1]
