@@ -19,19 +19,28 @@ from .calibrate.report import Events, Record
 from .calibrate.structure import quantizable
 from .calibrate.text import Calibration
 from .formats.base import Source, open_source
+from .formats.kv_plan_file import write_kv_plan
 from .formats.manifest import write_manifest
 from .kernels.linear import QuantLinear
+from .kv_use import apply_spec, plan_of
 from .quant.scheme import Scheme
 from .quant.solver import plan_solver, quantize_tensor
 from .quant.stats import Stats
 from .quant.tensor import QuantizedTensor, stack
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto") -> Any:
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = "auto",
+    kv: str | None = None,
+) -> Any:
     """The model of a packed checkpoint, its layers replaced by ones that compute from the packed bits.
 
-    dtype: of activations and unquantized weights ("auto": the checkpoint's). FormatError for a folder that is
-    incomplete, damaged or of a newer format.
+    dtype: of activations and unquantized weights ("auto": the checkpoint's). kv: of the cache of keys and values; None:
+    the checkpoint's plan, where it has one, else what `kv_load.plan_from_spec` takes ("16": transformers' own cache;
+    "k4v4", "auto:3.25"). FormatError for a folder that is incomplete, damaged or of a newer format; KVError for a
+    cache that the model cannot have.
     """
     import transformers
 
@@ -40,12 +49,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     source = open_native(path)
     names = source.config.get("architectures") or ["AutoModelForCausalLM"]
     cls = getattr(transformers, names[0])
-    return cls.from_pretrained(str(path), device_map={"": str(device)}, dtype=dtype).eval()
+    model = cls.from_pretrained(str(path), device_map={"": str(device)}, dtype=dtype).eval()
+    return model if kv is None else apply_spec(model, kv, source.path)
 
 
 def save_pretrained(model: Any, path: str | Path, **options: Any) -> None:
-    """transformers' `save_pretrained` (its `options`), and the manifest that makes the folder a complete checkpoint."""
+    """transformers' `save_pretrained` (its `options`), the plan of the model's KV cache where it has one, and the
+    manifest that makes the folder a complete checkpoint."""
     model.save_pretrained(str(path), **options)
+    if (stored := plan_of(model)) is not None:
+        write_kv_plan(path, stored, __version__)
     write_manifest(path)
 
 
@@ -98,8 +111,8 @@ def quantize_model(model: Any, plan: Plan | dict, *, tokens: Tensor | None = Non
     """Replace, in place, the layers of a transformers model in memory as `plan` says; returns the model.
 
     tokens: int64 [sequences, length], for solvers that need statistics; they are taken from the unquantized model in
-    one pass. For checkpoints larger than memory there is `compile_checkpoint`, which also folds and tunes: PlanError
-    where the plan asks for that, or cannot be followed.
+    one pass, where it is: on a GPU, layers are quantized there. For checkpoints larger than memory there is
+    `compile_checkpoint`, which also folds and tunes: PlanError where the plan asks for that, or cannot be followed.
     """
     from .calibrate.structure import decoder_blocks
     from .hf import replace_modules
@@ -119,6 +132,7 @@ def quantize_model(model: Any, plan: Plan | dict, *, tokens: Tensor | None = Non
     if calibrated:
         if tokens is None:
             raise PlanError(f"solver {plan.solver} needs calibration tokens (tokens=)")
+        tokens = tokens.to(model.device)
         if by_fisher:
             fisher = fisher_diagonal(model, by_fisher, tokens, plan.seed)
         with collecting(model, calibrated) as moments, torch.no_grad():
@@ -152,12 +166,14 @@ def compile_checkpoint(
     work: str | Path | None = None,
     stats: str | Path | None = None,
     tune_seconds: float | None = None,
+    device: str | torch.device = "cpu",
     events: Events | None = None,
 ) -> list[Record]:
     """Quantize a checkpoint into the folder `out`, a block at a time; what `quantize run` does.
 
-    model: a transformers folder, a .gguf file, a hub id, or an opened source. Interrupted, the same call goes on where
-    it stopped. Returns a record for each quantized weight. Raises FormatError, PlanError, CalibrationError.
+    model: a transformers folder, a .gguf file, a hub id, or an opened source. device: "cpu", "cuda" or "cuda:N", where
+    blocks are brought one at a time, calibrated and quantized. Interrupted, the same call goes on where it stopped.
+    Returns a record for each quantized weight. Raises FormatError, PlanError, CalibrationError.
     """
     compilation = prepare_compilation(
         model,
@@ -169,6 +185,7 @@ def compile_checkpoint(
         work=work,
         stats=stats,
         tune_seconds=tune_seconds,
+        device=device,
         events=events,
     )
     return compilation.run()
@@ -185,6 +202,7 @@ def prepare_compilation(
     work: str | Path | None = None,
     stats: str | Path | None = None,
     tune_seconds: float | None = None,
+    device: str | torch.device = "cpu",
     events: Events | None = None,
 ) -> Compilation:
     """As `compile_checkpoint`, all checks done and nothing written yet: `.sizes()` tells what `.run()` will write."""
@@ -199,6 +217,7 @@ def prepare_compilation(
         work=None if work is None else Path(work),
         stats=None if stats is None else Path(stats),
         tune_seconds=tune_seconds,
+        device=device,
         version=__version__,
         events=events,
     )

@@ -7,10 +7,10 @@ from typing import Any
 
 import typer
 
-from .commands import bench, demo, evaluate, generate, inspect, run, verify
+from .commands import bench, demo, evaluate, generate, inspect, plan_kv, run, verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for module in (run, evaluate, inspect, verify, generate, demo, bench):
+for module in (run, plan_kv, evaluate, inspect, verify, generate, demo, bench):
     module.register(app)
 
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -21,12 +21,14 @@ INTERRUPTED = 130
 
 def main() -> int:
     """Entry point: exit code 0 only where all that was asked for was done."""
+    import torch
     from rich.console import Console
     from rich.text import Text
 
     from .calibrate.plan import PlanError
     from .calibrate.text import CalibrationError
     from .formats.errors import FormatError
+    from .quant.kv_format import KVError
     from .quant.native import NativeError
     from .quant.scheme import SchemeError
 
@@ -35,8 +37,11 @@ def main() -> int:
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "quantize"
         message = f"{error.format_message()} (see {command} --help)"
-    except (FormatError, PlanError, CalibrationError, SchemeError, NativeError) as error:
+    except (FormatError, PlanError, CalibrationError, SchemeError, NativeError, KVError) as error:
         message = str(error)
+    except torch.OutOfMemoryError as error:
+        needed = str(error).partition(" GPU ")[0]  # what follows counts torch's own memory over several sentences
+        message = f"{needed} Use a GPU with more memory, or the CPU"
     else:
         if code == INTERRUPTED:
             resumes = "; the same command goes on where it stopped" if sys.argv[1:2] == ["run"] else ""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .kernels.decoder import MOST_TOKENS, NativeDecoder
 from .kernels.decoder import why_not as why_no_decoder
+from .kv_use import plan_of
 
 _KNOWN_OPTIONS = {
     "attention_mask",
@@ -59,6 +60,8 @@ def why_not(model: Any, input_ids: Tensor, options: dict[str, Any]) -> str | Non
         value = options.get(name, getattr(config, name, None))
         if value is not None and value not in allowed:
             return f"{name}={value!r} is for transformers' own loop"
+    if plan_of(model) is not None:
+        return "its cache is packed, as its plan says (kv='16' or --kv 16 turns that off)"
     return why_no_decoder(model)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +18,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
 from .calibrate.structure import EXPERT_PARAMETERS, Kind, is_conv1d, owner
 from .formats.errors import FormatError
+from .formats.kv_plan_file import KV_PLAN_NAME
 from .formats.native import NativeConfig, QuantizedEntry, stored_specs
 from .formats.safetensors_file import SafetensorsFile
 from .kernels.embedding import QuantEmbedding
 from .kernels.experts import QuantExperts, check_experts
 from .kernels.linear import QuantLinear
 from .kernels.module import QuantModule, offloads_buffers
+from .kv_use import use_stored_plan
 from .quant.scheme import Scheme
 from .quant.tensor import QuantizedTensor
 from .rotated import loaded_parameter, norms_of, plain_head, restore_norms, rotate_norms
@@ -66,6 +70,7 @@ class BitpaletteQuantizer(HfQuantizer):
             raise ValueError("bitpalette compiles before loading: run `quantize run MODEL OUT`, then load OUT")
         super().__init__(quantization_config, **kwargs)
         self._files_checked = False
+        self._folder: Path | None = None
 
     def is_serializable(self) -> bool:
         return True
@@ -81,6 +86,7 @@ class BitpaletteQuantizer(HfQuantizer):
         if checkpoint_files:
             check_files(native, checkpoint_files)
             self._files_checked = True
+            self._folder = Path(checkpoint_files[0]).parent
         self.quantization_config = BitpaletteConfig.of(rename_for(model, native))
         rotate_norms(model, self.quantization_config.native.rotated_norms)
         return replace_modules(model, self.quantization_config.native)
@@ -90,6 +96,8 @@ class BitpaletteQuantizer(HfQuantizer):
             _check_loaded(model)
         _tie_biases(model)
         prepare(model)
+        if (folder := plan_folder(model, self._folder)) is not None:
+            use_stored_plan(model, folder)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -109,6 +117,22 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:  # transformers refuses a name twice, a
 else:
     AUTO_QUANTIZER_MAPPING[METHOD] = BitpaletteQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitpaletteConfig
+
+
+def plan_folder(model: Any, folder: Path | None) -> Path | None:
+    """Where the plan of the KV cache is to be looked for: the weights' folder, for a hub id with the plan fetched."""
+    name = getattr(model.config, "_name_or_path", "")
+    if folder is not None and name and not Path(name).exists() and not (folder / KV_PLAN_NAME).exists():
+        found = cached_file(
+            name,
+            KV_PLAN_NAME,
+            revision=getattr(model.config, "_commit_hash", None),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found).parent
+    return folder
 
 
 # -- replacing modules
@@ -162,9 +186,10 @@ def attach(model: Any, native: NativeConfig) -> None:
 def prepare(model: nn.Module) -> None:
     """Choose the kernels and build their layouts now, for every packed module whose weights are present."""
     for module in model.modules():
-        if not isinstance(module, QuantModule) or getattr(module, "tied_to", None) is not None:
-            continue  # a tied head's weight is prepared by its embedding
-        if not offloads_buffers(module) and not any(buffer.is_meta for buffer in module.buffers()):
+        if not isinstance(module, QuantModule):
+            continue
+        holder = getattr(module, "tied_to", None) or module
+        if not offloads_buffers(holder) and not any(buffer.is_meta for buffer in holder.buffers()):
             module.prepare()
 
 

@@ -108,7 +108,7 @@ class QuantizedCache(Cache):
             elif static:
                 layers.append(StaticPackedLayer(i, form, mean, decoder, readers[i], tokens))
             else:
-                layers.append(PackedLayer(i, form, mean, decoder, readers[i]))
+                layers.append(PackedLayer(i, form, mean, decoder, readers[i], plan.orders.get(i)))
                 layers[-1].reserved = tokens
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.plan = plan

@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import kv_attention
+from .kernels.kv_group_rows import rows_class
 from .kernels.kv_kernel import KVKernel, attention, choose
 from .kernels.kv_rows import KVRows
 from .quant.kv_format import KVError, KVFormat
@@ -137,16 +138,26 @@ class Pending:
 
 
 class PackedLayer(CacheLayerMixin):
-    """One layer that attends to all tokens. readers: how many layers of the model read it, itself among them."""
+    """One layer that attends to all tokens. readers: how many layers of the model read it, itself among them. order:
+    int64 [kv_heads, D], in which blocks of some kinds of formats take the channels of keys."""
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, index: int, form: KVFormat, mean: Tensor | None, config: Any, readers: int = 1) -> None:
+    def __init__(
+        self,
+        index: int,
+        form: KVFormat,
+        mean: Tensor | None,
+        config: Any,
+        readers: int = 1,
+        order: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.index, self.form, self.mean, self.config, self.readers = index, form, mean, config, readers
+        self.order = order
         self.rollback = 0
         self.reserved = 0
         self._rows: KVRows | None = None
@@ -179,7 +190,8 @@ class PackedLayer(CacheLayerMixin):
         width_v = value_states.shape[-1]
         if not self.form.dense:
             self.kernel = choose(self.form, width, width_v, self.device)
-        self._rows = KVRows(
+        order = {} if self.order is None else {"order": self.order}
+        self._rows = rows_class(self.form)(
             self.form,
             batch,
             kv_heads,
@@ -190,6 +202,7 @@ class PackedLayer(CacheLayerMixin):
             self.mean,
             self.rollback,
             self.kernel,
+            **order,
         )
         self._rows.reserve(self.reserved)
         self.is_initialized = True

@@ -56,10 +56,15 @@ def write_manifest(directory: str | os.PathLike[str]) -> Manifest:
         if path.suffix != PARTIAL:
             records[name] = hash_file(path)
     manifest = Manifest(version=MANIFEST_VERSION, files=records)
+    rewrite_manifest(directory, manifest)
+    return manifest
+
+
+def rewrite_manifest(directory: Path, manifest: Manifest) -> None:
+    """Put `manifest` in the place of the directory's. FormatError on a full disk."""
     text = json.dumps(manifest.model_dump(exclude_none=True), indent=1, sort_keys=True) + "\n"
     write_atomically(directory / MANIFEST_NAME, text.encode())
     sync_directory(directory)
-    return manifest
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:

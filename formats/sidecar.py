@@ -1,10 +1,12 @@
-"""The files beside the weights: tokenizer, generation config, chat templates, preprocessor, custom code, licence."""
+"""The files beside the weights: tokenizer, generation config, chat templates, preprocessor, custom code, licence, and
+the plan of the KV cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from .atomic import PARTIAL, copy_atomically
+from .kv_plan_file import KV_PLAN_NAME
 
 LEFT_OUT_SUFFIXES = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
@@ -40,5 +42,7 @@ def sidecar_size(source: Path) -> int:
 
 
 def _left_out(name: str) -> bool:
+    if name == KV_PLAN_NAME:
+        return False
     lower = name.lower()
     return lower.startswith(".") or lower in LEFT_OUT_NAMES or lower.endswith(LEFT_OUT_SUFFIXES)

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..quant.kv_format import GAIN_BYTES, PAGE, KVFormat
+from ..quant.kv_format import PAGE, KVFormat
 from ..quant.kv_token import decode, encode, pack, packed_bytes, unpack
 
 GROWTH = 16
@@ -93,10 +93,10 @@ class Side:
 def page_bytes(form: KVFormat, kv_heads: int, head_dim: int, head_dim_v: int, itemsize: int) -> int:
     """Bytes of one page. itemsize: of the model's dtype, for sides of 16 bits."""
     rows = [
-        width * itemsize if bits == 16 else packed_bytes(width, bits) + GAIN_BYTES
+        width * itemsize if bits == 16 else form.row_bytes(bits, width)
         for bits, width in ((form.bits_k, head_dim), (form.bits_v, head_dim_v))
     ]
-    return PAGE * kv_heads * sum(rows)
+    return int(PAGE * kv_heads * sum(rows))
 
 
 class Watcher(Protocol):
@@ -116,10 +116,14 @@ class PagePool:
         head_dim_v: int,
         dtype: torch.dtype,
         device: torch.device,
+        sides: tuple[Side, Side] | None = None,
     ) -> None:
+        """sides: keys and values of another kind than "token"."""
         form.check_head_dim(head_dim, head_dim_v)
-        self.keys = Side(form.bits_k, kv_heads, head_dim, True, dtype, device)
-        self.values = Side(form.bits_v, kv_heads, head_dim_v, False, dtype, device)
+        if sides is None:
+            keys = Side(form.bits_k, kv_heads, head_dim, True, dtype, device)
+            sides = keys, Side(form.bits_v, kv_heads, head_dim_v, False, dtype, device)
+        self.keys, self.values = sides
         self.device = device
         self.watchers: WeakSet[Watcher] = WeakSet()
         self.away = False  # on the CPU, until they are needed

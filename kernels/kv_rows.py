@@ -57,8 +57,8 @@ class KVRows:
         rollback: int = 0,
         encoder: Encoder | None = None,
     ) -> None:
-        if form.kind != "token":
-            raise KVError(f"pages hold the kind 'token'; there is no cache of the kind {form.kind!r} yet")
+        if not self.holds(form):
+            raise KVError(f"{type(self).__name__} does not hold {form}; kv_group_rows.rows_class says what does")
         if mean is not None and tuple(mean.shape) != (kv_heads, head_dim):
             raise KVError(f"a mean {list(mean.shape)} does not fit keys of {[kv_heads, head_dim]} [kv_heads, head_dim]")
         self.form, self.dtype, self.device = form, dtype, device
@@ -66,7 +66,7 @@ class KVRows:
         self.mean = None if mean is None else mean.to(device, torch.float32).contiguous()
         self.encoder = encoder
         self.row_encoder: RowEncoder | None = encoder if isinstance(encoder, RowEncoder) else None
-        self.pool = PagePool(form, kv_heads, head_dim, head_dim_v, dtype, device)
+        self.pool = self._pool()
         self.pool.watchers.add(self)
         self.lengths: Ints = np.zeros(batch, np.int64)
         self.quantized: Ints = np.full(batch, form.sinks, np.int64)  # tokens S..quantized-1 are in pages
@@ -83,7 +83,14 @@ class KVRows:
             return k, v
 
         self.sink_k, self.sink_v = room(form.sinks)
-        self.ring_k, self.ring_v = room(form.window + rollback)
+        self.ring_k, self.ring_v = room(ring_tokens(form, rollback))
+
+    @staticmethod
+    def holds(form: KVFormat) -> bool:
+        return form.kind == "token"
+
+    def _pool(self) -> PagePool:
+        return PagePool(self.form, self.kv_heads, self.head_dim, self.head_dim_v, self.dtype, self.device)
 
     def __getstate__(self) -> dict[str, object]:
         """Of a copy, whose tensors are elsewhere."""
@@ -101,7 +108,7 @@ class KVRows:
     @property
     def exact_start(self) -> Ints:
         """[batch]: tokens from here on are read from the ring; before it and after the sinks, from pages."""
-        start = np.maximum(self.lengths - self.form.window, self.exact_from)
+        start = np.maximum(self._packed_until(self.lengths), self.exact_from)
         return np.minimum(np.maximum(start, self.form.sinks), np.maximum(self.lengths, self.form.sinks))
 
     @property
@@ -119,6 +126,18 @@ class KVRows:
         """Bytes allocated for pages, sinks and ring."""
         exact = (self.sink_k, self.sink_v, self.ring_k, self.ring_v)
         return self.pool.nbytes + sum(t.numel() * t.element_size() for t in exact)
+
+    def _packed_until(self, lengths: Ints) -> Ints:
+        """The first token of the window of rows so long; may be before the sinks' end."""
+        return lengths - self.form.window
+
+    def rotated_query(self, q: Tensor) -> Tensor:
+        """q [batch, heads, n, D] in the basis of the stored keys."""
+        return rotate(q) if self.form.bits_k < 16 else q
+
+    def rotated_back(self, out: Tensor) -> Tensor:
+        """Sums [batch, heads, n, Dv] of stored values as the model's values."""
+        return rotate(out) if self.form.bits_v < 16 else out
 
     def stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, kv_heads, n, D] -> [batch, n, kv_heads, D] in the form and dtype that sinks and window hold."""
@@ -144,7 +163,7 @@ class KVRows:
         if self.row_encoder is not None and self.row_encoder.append_rows(self, k, v, padding):
             return
         new = self.lengths + k.shape[1] - skip
-        until = np.maximum(self.quantized, new - self.form.window)
+        until = np.maximum(self.quantized, self._packed_until(new))
         self._claim(until)
         if self.row_encoder is not None:
             if not self.row_encoder.append_rows(self, k, v, padding):
@@ -267,7 +286,7 @@ class KVRows:
 
     def grow_rollback(self, rollback: int) -> None:
         """A ring that `crop` can go back `rollback` tokens in, from the tokens that are still to come on."""
-        capacity = self.form.window + rollback
+        capacity = ring_tokens(self.form, rollback)
         if capacity <= self.capacity:
             return
         row, token = _ranges(self.exact_from, self.lengths)
@@ -304,6 +323,11 @@ def _ranges(first: Ints, until: Ints) -> tuple[Ints, Ints]:
     return row, np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + first[row]
 
 
+def ring_tokens(form: KVFormat, rollback: int = 0) -> int:
+    """Slots of the ring: the window, and what waits for the rest of its group."""
+    return form.window + form.token_group - 1 + rollback
+
+
 def pages_of(form: KVFormat, tokens: int) -> int:
     """Pages of a row of so many tokens."""
     return max(0, -(-(tokens - form.sinks - form.window) // PAGE))
@@ -321,5 +345,5 @@ def cache_bytes(
 ) -> int:
     """Bytes of a layer's cache after `KVRows.reserve(tokens)`: what is allocated. itemsize: of the model's dtype."""
     width = head_dim + (head_dim if head_dim_v is None else head_dim_v)
-    exact = batch * (form.sinks + form.window + rollback) * kv_heads * width * itemsize
+    exact = batch * (form.sinks + ring_tokens(form, rollback)) * kv_heads * width * itemsize
     return exact + batch * pages_of(form, tokens) * page_bytes(form, kv_heads, head_dim, width - head_dim, itemsize)

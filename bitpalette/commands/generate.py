@@ -19,12 +19,17 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of activations and unquantized weights.")] = "float32",
+    kv: Annotated[
+        str | None,
+        typer.Option(help="The KV cache: k4v4, k3v2, auto:3.25, plan, or 16.", show_default="the checkpoint's plan"),
+    ] = None,
 ) -> None:
     """Write on from PROMPT."""
     from ..calibrate.plan import PlanError
     from ..calibrate.skeleton import DTYPES
     from ..evaluation import load_any, load_tokenizer
     from ..formats.base import open_source
+    from ..kv_use import apply_spec
 
     if dtype not in DTYPES:
         raise PlanError(f"--dtype is one of {list(DTYPES)}; got {dtype!r}")
@@ -34,7 +39,7 @@ def generate_command(
     tokenizer = load_tokenizer(source)
     if chat and tokenizer.chat_template is None:
         raise PlanError(f"--chat: {checkpoint} has no chat template; leave --chat out")
-    model = load_any(source, DTYPES[dtype])
+    model = apply_spec(load_any(source, DTYPES[dtype]), kv, source.path)
     from transformers import TextStreamer
 
     words = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # on stdout, as they come
