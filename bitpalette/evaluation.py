@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 
-from .calibrate.evaluate import chunks_of, evaluate
+from .calibrate.evaluate import Evaluation, chunks_of, evaluate
 from .calibrate.skeleton import DTYPES
-from .calibrate.text import check_length, read_text
+from .calibrate.text import CalibrationError, check_length, read_text
 from .calibrate.whole import load_model, load_tokenizer
 from .formats.base import Source, open_source
 from .formats.errors import FormatError
 from .formats.native import NativeSource
+from .kv_evaluation import STEP, CacheEvaluation, evaluate_cache
+from .kv_load import OFF, plan_from_spec
+from .kv_needle import Cell, needle_table
+from .quant.kv_format import KVError
+from .quant.kv_plan import KVPlan
+
+QUESTION = 32
+"""Tokens of a needle's question and number, at most."""
 
 
 def compare(
@@ -29,8 +37,13 @@ def compare(
     chunks: int,
     dtype: str = "float32",
     progress: Callable[[int, int], None] = lambda done, of: None,
+    kv: str | None = None,
+    kv_step: int = STEP,
 ) -> dict[str, Any]:
-    """The values of `quantize eval --json`. The reference is computed in float32. text None: `library_prose`."""
+    """The values of `quantize eval --json`. The reference is computed in float32. text None: `library_prose`.
+
+    kv: evaluate through the packed cache that `plan_from_spec` makes of it, `kv_step` tokens a forward; None: without.
+    """
     source = open_source(checkpoint)
     check_length(seq_len, source.config.get("max_position_embeddings", source.config.get("n_positions")), source.path)
     prose = library_prose() if text is None else read_text(text)
@@ -45,7 +58,12 @@ def compare(
     tokens = chunks_of(load_tokenizer(source), prose, seq_len, chunks)
     model = load_any(source, DTYPES[dtype])
     reference = None if reference_source is None else load_any(reference_source, torch.float32)
-    result = evaluate(model, tokens, reference, progress)
+    plan = None if kv is None else plan_from_spec(kv, source.path, model.config)
+    of_cache: dict[str, Any] = {}
+    if plan is None:
+        result = evaluate(model, tokens, reference, progress)
+    else:
+        result, of_cache = through_cache(evaluate_cache(model, tokens, plan, kv_step, reference, progress))
     return {
         "perplexity": result.perplexity,
         "reference_perplexity": result.reference_perplexity,
@@ -54,9 +72,65 @@ def compare(
         "top1_agreement": result.top1_agreement,
         "tokens": result.tokens,
         **rates(source),
+        **of_cache,
         "model_bytes": source.size_bytes,
         "seconds": round(result.seconds, 2),
     }
+
+
+def through_cache(found: CacheEvaluation) -> tuple[Evaluation, dict[str, Any]]:
+    """(what an evaluation without a cache gives, what comes on top): the second compares with the dense cache."""
+    against = found.from_reference
+    result = Evaluation(
+        perplexity=found.perplexity,
+        tokens=found.tokens,
+        seconds=found.seconds,
+        reference_perplexity=found.reference_perplexity,
+        kl_divergence=None if against is None else against.kl,
+        kl_standard_error=None if against is None else against.standard_error,
+        top1_agreement=None if against is None else against.top1_agreement,
+    )
+    return result, {
+        "kv_dense_perplexity": found.dense_perplexity,
+        "kv_kl_divergence": found.from_dense.kl,
+        "kv_kl_standard_error": found.from_dense.standard_error,
+        "kv_kl_of_packed_reads": found.kl_packed if math.isfinite(found.kl_packed) else None,
+        "kv_top1_agreement": found.from_dense.top1_agreement,
+        "kv_bits_per_element": found.bits_per_element,
+        "kv_bytes": found.bytes,
+        "kv_formula_bytes": found.formula_bytes,
+        "kv_dense_bytes": found.dense_bytes,
+        "kv_step": found.step,
+    }
+
+
+def needles(
+    checkpoint: str,
+    kv: str | None,
+    text: str | None,
+    lengths: list[int],
+    depths: list[float],
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[KVPlan, list[Cell]]:
+    """What `quantize eval --needle` shows, and the plan that it used: of `kv`, None for the checkpoint's own."""
+    source = open_source(checkpoint)
+    positions = source.config.get("max_position_embeddings", source.config.get("n_positions"))
+    if isinstance(positions, int) and max(lengths) + QUESTION > positions:
+        raise CalibrationError(
+            f"a prompt of {max(lengths)} tokens and its question are longer than the {positions} positions of "
+            f"{source.path}; give --lengths up to {positions - QUESTION}"
+        )
+    model = load_any(source, DTYPES[dtype])
+    plan = plan_from_spec(kv, source.path, model.config)
+    if plan is None:
+        raise KVError(
+            f"--needle compares a packed cache with the dense one, and --kv {kv} packs nothing; say --kv k4v4"
+            if kv == OFF
+            else f"--needle compares a packed cache with the dense one, and {checkpoint} has no plan; say --kv k4v4"
+        )
+    prose = library_prose() if text is None else read_text(text)
+    return plan, needle_table(model, load_tokenizer(source), prose, plan, lengths, depths, progress)
 
 
 def load_any(source: Source, dtype: torch.dtype) -> Any:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from .kernels.kv_rows import cache_bytes
 from .kv_attention import NAME
 from .kv_cache import QuantizedCache
+from .kv_layer import PackedLayer
 from .kv_load import packed_layers
 from .kv_order import with_orders
 from .quant.kv_format import KVError
@@ -125,8 +126,8 @@ def evaluate_cache(
                 progress(forwards, len(tokens) * -(-len(chunk) // step))
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     allocated, formula, dense_bytes = check_memory(cache, tokens.shape[1])
-    exact = max(layer.form.sinks + layer.form.window for layer in cache.packed)
-    widths = [layer.form.bits_per_element(layer.rows.head_dim, layer.rows.head_dim_v) for layer in cache.packed]
+    exact = max(layer.form.sinks + layer.form.window for layer in growing(cache))
+    widths = [layer.form.bits_per_element(layer.rows.head_dim, layer.rows.head_dim_v) for layer in growing(cache)]
     return CacheEvaluation(
         perplexity=_exp(loss / predicted),
         dense_perplexity=_exp(from_dense.loss / predicted),
@@ -161,11 +162,16 @@ def log_probabilities(model: Any, cache: Any, part: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).cpu()
 
 
+def growing(cache: QuantizedCache) -> list[PackedLayer]:
+    """The packed layers of a cache that is not static."""
+    return [layer for layer in cache.layers if isinstance(layer, PackedLayer)]
+
+
 def check_memory(cache: QuantizedCache, tokens: int) -> tuple[int, int, int]:
     """(allocated, formula, dense) bytes of the packed layers of a cache reserved for and filled with `tokens`.
     KVError where the first two differ."""
     allocated = formula = dense = 0
-    for layer in cache.packed:
+    for layer in growing(cache):
         layer.commit()
         rows = layer.rows
         shape = (rows.batch, rows.kv_heads, rows.head_dim, rows.head_dim_v, rows.dtype.itemsize)

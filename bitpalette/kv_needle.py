@@ -1,5 +1,5 @@
-"""A needle in a haystack, dense cache against packed: pairs of a name and a number stand somewhere in long text, and the
-model is asked for the numbers at its end.
+"""A needle in a haystack, dense cache against packed: pairs of a name and a number stand somewhere in long text, and
+the model is asked for the numbers at its end.
 
 The pairs are lines "The pass key of Maria is 48213.", four of them together; the question repeats such a line up to the
 number, which models of a hundred million parameters can complete too. The haystack is one prompt; the question is read

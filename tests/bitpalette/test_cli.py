@@ -172,6 +172,45 @@ def test_eval(model: Path, call: Callable[..., str]) -> None:
     assert "BITPALETTE_CPU_ACTIVATIONS" not in os.environ
 
 
+@pytest.fixture
+def wide(model: Path) -> Path:
+    """`model` with heads of 32 channels: those of 18 are kept at 16 bits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig.from_pretrained(model, head_dim=32)).save_pretrained(model)
+    return model
+
+
+def test_eval_through_the_cache(wide: Path, call: Callable[..., str]) -> None:
+    from bitpalette.commands.evaluate import KEYS, KV_KEYS
+
+    model, out = wide, wide.parent / "out"
+    call("run", model, out, *SMALL, "--bits", "8")
+    chunks = ("--seq-len", "120", "--chunks", "2", "--json")
+    plain = json.loads(call("eval", out, "--against", model, *chunks))
+    found = json.loads(call("eval", out, "--against", model, *chunks, "--kv", "k3v3", "--kv-step", "9"))
+    assert set(found) == {*KEYS, *KV_KEYS} and (found["kv"], found["kv_step"]) == ("k3v3", 9)
+    assert found["reference_perplexity"] == pytest.approx(plain["reference_perplexity"], rel=1e-5)
+    assert found["kv_dense_perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
+    assert 0 < found["kv_kl_divergence"] < found["kv_kl_of_packed_reads"]
+    assert 0 < found["kv_bytes"] == found["kv_formula_bytes"] < found["kv_dense_bytes"]
+    off = json.loads(call("eval", out, "--against", model, *chunks, "--kv", "16"))
+    assert off["kl_divergence"] == pytest.approx(plain["kl_divergence"], abs=1e-9) and "kv_bytes" not in off
+    assert "kv formula bytes" in call("eval", model, "--kv", "k2v2-channel", *chunks[:-1])
+
+
+def test_needle(wide: Path, call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitpalette import kv_needle
+
+    monkeypatch.setattr(kv_needle, "PAIRS", 1)  # a tokenizer of bytes: a pair is 34 tokens
+    options = ("--needle", "--kv", "k2v2", "--lengths", "80,90", "--depths", "0,1")
+    cells = json.loads(call("eval", wide, *options, "--json"))["cells"]
+    assert [(c["length"], c["depth"]) for c in cells] == [(80, 0), (80, 1), (90, 0), (90, 1)]
+    for cell in cells:
+        assert 0 <= cell["dense"]["answered"] <= 1 and 0 < cell["packed"]["probability"] < 1
+    assert "answered" in call("eval", wide, *options)
+
+
 def test_generate(model: Path, call: Callable[..., str]) -> None:
     out = model.parent / "out"
     call("run", model, out, *SMALL)
