@@ -5,11 +5,11 @@
 //     scores    words are four codes of one key, columns the 64 tokens of a page   (rows transposed word by word)
 //     outputs   words are one element of four values, columns the elements         (rows interleaved byte by byte)
 //
-// A word of packed bytes has 8 / b such quads of codes. Packed words are moved, 4 KB of 4 bits at a head_dim of 128, and
-// got apart by shifts between the products.
+// A word of packed bytes has 8 / b such quads of codes. Packed words are moved, 4 KB of 4 bits at a head_dim of 128,
+// and got apart by shifts between the products.
 //
-// Of 3 bits, a byte of the high plane has the high bits of two bytes of the low one, in its nibbles. So words of the low
-// plane come in pairs, one of even and one of odd bytes, and one word of the high plane is for both.
+// Of 3 bits, a byte of the high plane has the high bits of two bytes of the low one, in its nibbles. So words of the
+// low plane come in pairs, one of even and one of odd bytes, and one word of the high plane is for both.
 #pragma once
 
 #include <cstdint>
@@ -35,31 +35,38 @@ BITPALETTE_INLINE inline void repeat(F&& f) {
 }
 
 // Lines of the next page, asked for between products: cores have 10 to 16 buffers for lines on their way, a page of 4
-// bits has 128 lines, and asking for all at once waits for most of them.
+// bits has 128 lines, and asking for all at once waits for most of them. Keys and values take turns: the processor's
+// own prefetcher follows runs of lines, and fetches two at a time (1.2 times as fast as one after the other).
 struct KvAhead {
     struct Run { // of lines
-        const uint8_t* at;
+        const uint8_t *at, *then;
         int64_t step; // 0: nothing is left
         BITPALETTE_INLINE void ask() {
             __builtin_prefetch(at, 0, 3);
-            at += step;
+            const uint8_t* after = at + step;
+            at = then, then = after;
         }
     };
     struct Bytes {
         const uint8_t *at, *end;
-    } now, then;
+        bool left() const { return at < end; }
+    } keys, values;
 
-    // Of `lines` or a few more; one that a step of loops asks for, without branches.
-    inline Run next(int64_t lines) {
-        if (now.at >= now.end)
-            now = then, then.at = then.end;
-        if (now.at >= now.end)
-            return {reinterpret_cast<const uint8_t*>(this), 0};
-        const Run run{now.at, 64};
-        now.at += 64 * lines;
+    // Of `lines`, or a few after the end; a loop asks for one at each of its steps, without branches.
+    Run next(int64_t lines) {
+        if (keys.left() && values.left()) {
+            const Run run{keys.at, values.at, 64};
+            keys.at += (lines + 1) / 2 * 64, values.at += lines / 2 * 64;
+            return run;
+        }
+        Bytes& one = keys.left() ? keys : values;
+        if (!one.left())
+            return {reinterpret_cast<const uint8_t*>(this), reinterpret_cast<const uint8_t*>(this), 0};
+        const Run run{one.at, one.at + 64, 128};
+        one.at += 64 * lines;
         return run;
     }
-    inline void rest() {
+    void rest() {
         for (Run run = next(1); run.step != 0; run = next(1))
             run.ask();
     }
@@ -190,7 +197,9 @@ inline void output_tile(const uint32_t* words, int64_t columns, const uint32_t* 
 
 // Registers of columns to R rows: as many sums as there are registers for.
 template <class V, int R>
-constexpr int tile_columns = V::tile_sums / R >= 4 ? 4 : V::tile_sums / R >= 2 ? 2 : 1;
+constexpr int tile_columns = V::tile_sums / R >= 4   ? 4
+                             : V::tile_sums / R >= 2 ? 2
+                                                     : 1;
 
 // body(first, integral_constant R) for `rows` rows in tiles of at most V::tile_rows, R of multiples of Step.
 template <class V, int Step, class F>

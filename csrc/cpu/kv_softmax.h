@@ -68,10 +68,9 @@ inline void clear_partial(int64_t rows, const KvPartial& to) {
     }
 }
 
-// chance = e^(score - most) with the new `most`; returns the factor of what came before. Scores outside of the range,
-// which is not empty, are lost.
+// Softcap, and minus infinity outside of the range; returns the largest of `most` and all scores, lane by lane.
 template <class V>
-inline float softmax_block(float* score, KvRange range, float softcap, float* chance, float* most, float* weight) {
+inline typename V::Floats limit_scores(float* score, KvRange range, float softcap, float most) {
     if (softcap > 0)
         for (int64_t t = 0; t < kv_page; t += V::lanes) {
             // tanh x = 1 - 2 / (e^2x + 1)
@@ -83,9 +82,17 @@ inline float softmax_block(float* score, KvRange range, float softcap, float* ch
         score[t] = -__builtin_inff();
     for (int64_t t = range.to; t < kv_page; ++t)
         score[t] = -__builtin_inff();
-    typename V::Floats largest = V::all(*most);
+    typename V::Floats largest = V::all(most);
     for (int64_t t = 0; t < kv_page; t += V::lanes)
         largest = V::maximum(largest, V::load(score + t));
+    return largest;
+}
+
+// chance = e^(score - most) with the new `most`; returns the factor of what came before. Scores outside of the range,
+// which is not empty, are lost.
+template <class V>
+inline float softmax_block(float* score, KvRange range, float softcap, float* chance, float* most, float* weight) {
+    const typename V::Floats largest = limit_scores<V>(score, range, softcap, *most);
     const float now = V::largest(largest);
     alignas(64) float keep[V::lanes];
     V::store(keep, exponential<V>(V::all(*most - now)));
