@@ -20,7 +20,8 @@ from ..quant.hartley import odd_part
 from ..quant.kv_format import PAGE, KVError, KVFormat
 from ..quant.kv_token import STEP, _hartley, packed_bytes
 from ..quant.native import DTYPES
-from .kv_cpu import BITS, MOST_TOKENS, Dense, Pages, _address, _check, _check_dense, _int32, _numbers, _rows_contiguous
+from .kv_cpu import BITS, MOST_TOKENS, Dense, Pages, _address, _check, _check_dense, _numbers, _rows_contiguous
+from .kv_parts import parts_of
 from .kv_rows import KVRows
 from .native_cuda import cuda_module, current_stream, shared_limit, why_no_cuda_module, why_not_device
 
@@ -41,6 +42,10 @@ MOST_DENSE_SPLITS, MOST_SPLITS = 8, 256
 
 class KVCuda:
     """Attention and append by the CUDA kernels; the signatures of `kv_cpu.KVCpu`."""
+
+    name = "cuda"
+    device_type = "cuda"
+    most_tokens = MOST_TOKENS
 
     def why_not(self, form: KVFormat, head_dim: int, head_dim_v: int, device: torch.device | None = None) -> str | None:
         """None where caches of this form (on this device, where one is given) are for these kernels, else the reason
@@ -150,35 +155,12 @@ class KVCuda:
         sink_logits: Tensor | None = None,
     ) -> Tensor:
         """What `kv_reference.attention` computes, for up to 16 new tokens: float32 [batch, heads, n, Dv]."""
-        form, pool, n = rows.form, rows.pool, query.shape[2]
+        form, n = rows.form, query.shape[2]
         if (reason := self.why_not(form, rows.head_dim, rows.head_dim_v)) is not None:
             raise KVError(f"{reason}; use kernels/kv_reference.py")
         if n > MOST_TOKENS:
             raise KVError(f"{n} new tokens; the CUDA kernels take {MOST_TOKENS} at a time: use kernels/kv_reference.py")
-        assert pool.keys.gain is not None and pool.values.gain is not None
-
-        def on_device(x: NDArray[np.int64]) -> Tensor:
-            return _int32(x).to(query.device, non_blocking=True)
-
-        exact_start = rows.exact_start
-        pages = Pages(
-            pool.keys.codes,
-            pool.keys.gain,
-            pool.values.codes,
-            pool.values.gain,
-            form.bits_k,
-            form.bits_v,
-            rows.block_table,
-            on_device(np.maximum(exact_start - form.sinks, 0)),
-        )
-        sinks = window = fresh = None
-        if form.sinks:
-            sinks = Dense(rows.sink_k, rows.sink_v, on_device(np.minimum(rows.lengths, form.sinks)))
-        if rows.capacity:
-            held = on_device(np.maximum(rows.lengths - exact_start, 0))
-            window = Dense(rows.ring_k, rows.ring_v, held, on_device(exact_start % rows.capacity))
-        if new is not None:
-            fresh = Dense(new[0], new[1], on_device(n - skip), on_device(np.minimum(skip, n - 1)))
+        pages, sinks, window, fresh = parts_of(rows, new, skip, n)
         return self.attend(
             query,
             pages,

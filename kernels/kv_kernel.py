@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..quant.kv_format import KVError, KVFormat
 from . import kv_reference
-from .kv_cpu import KVCpu
+from .kv_cpu import Dense, KVCpu, Pages
+from .kv_cuda import KVCuda
 from .kv_rows import KVRows
+from .kv_triton import KVTriton
 
 FORCE_VARIABLE = "BITPALETTE_KV_KERNEL"
 REFERENCE = "reference"
@@ -24,13 +26,33 @@ class KVKernel(Protocol):
     """One backend for some formats and one kind of device. Stateless: one object serves every layer."""
 
     name: str
-    device_type: str
     most_tokens: int
     """New tokens of a call to `attention`. More of them are for the reference: it decodes pages for a matrix product,
     which is faster then."""
 
+    @property
+    def device_type(self) -> str:
+        """Of the tensors that it reads."""
+
     def why_not(self, form: KVFormat, head_dim: int, head_dim_v: int) -> str | None:
         """None where caches of this form are for this kernel, else the reason in words."""
+
+    def attend(
+        self,
+        q: Tensor,
+        pages: Pages,
+        sinks: Dense | None = None,
+        window: Dense | None = None,
+        fresh: Dense | None = None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        start: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Attention of rotated queries over the parts of a cache; see `kv_cpu.KVCpu.attend`."""
 
     def attention(
         self,
@@ -64,7 +86,8 @@ class KVKernel(Protocol):
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, KVKernel]:
     """In the order of choice; the reference, which runs everything, is none of them."""
-    return {kernel.name: kernel for kernel in (KVCpu(),)}
+    every: tuple[KVKernel, ...] = (KVCpu(), KVCuda(), KVTriton())
+    return {kernel.name: kernel for kernel in every}
 
 
 def choose(form: KVFormat, head_dim: int, head_dim_v: int, device: torch.device) -> KVKernel | None:

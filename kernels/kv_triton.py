@@ -74,6 +74,13 @@ def launch_for(
 class KVTriton:
     """Attention and append on a GPU, or on a CPU under TRITON_INTERPRET=1."""
 
+    name = "triton"
+    most_tokens = MOST_TOKENS
+
+    @property
+    def device_type(self) -> str:
+        return "cpu" if interpreting() else "cuda"
+
     def why_not(self, form: KVFormat, head_dim: int, head_dim_v: int) -> str | None:
         """None where caches of this form are for Triton here, else the reason in words."""
         if not interpreting() and not torch.cuda.is_available():
