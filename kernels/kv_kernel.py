@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..quant.kv_format import KVError, KVFormat
 from . import kv_reference
-from .kv_cpu import KVCpu
+from .kv_cpu import Dense, KVCpu, Pages
 from .kv_rows import KVRows
 
 FORCE_VARIABLE = "BITPALETTE_KV_KERNEL"
@@ -45,6 +45,23 @@ class KVKernel(Protocol):
     ) -> Tensor:
         """What `kv_reference.attention` computes."""
 
+    def attend(
+        self,
+        q: Tensor,
+        pages: Pages,
+        sinks: Dense | None = None,
+        window: Dense | None = None,
+        fresh: Dense | None = None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        start: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """The same over parts whose lengths stand in tensors, queries and result rotated: `kv_cpu.KVCpu.attend`. On a
+        device nothing is read on the host."""
+
     def append(
         self,
         x: Tensor,
@@ -55,7 +72,8 @@ class KVKernel(Protocol):
         unbiased: bool,
         mean: Tensor | None = None,
     ) -> None:
-        """x [n, kv_heads, D], rotated, into slots int64 [n] of codes and gain, as `kv_token.encode` and `pack` do."""
+        """x [n, kv_heads, D], rotated, into slots int64 [n] of codes and gain, as `kv_token.encode` and `pack` do. On a
+        device a slot of -1 says that there is nothing to write."""
 
     def rotate(self, x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
         """`kv_token.rotate` of x - mean, as `dtype`; None: that of x."""
