@@ -37,8 +37,8 @@ def check_implementation(config: Any) -> None:
     if (name := getattr(config, "_attn_implementation", None)) != kv_attention.NAME:
         raise KVError(
             f"a packed cache is read by attention {kv_attention.NAME!r}, the model has {name!r}; "
-            f"call model.set_attn_implementation({kv_attention.NAME!r}), or, for a model with attention of its own that "
-            "does not take it, use transformers' DynamicCache"
+            f"call model.set_attn_implementation({kv_attention.NAME!r}); a model that does not take it has attention "
+            "of its own: use transformers' DynamicCache for it"
         )
 
 

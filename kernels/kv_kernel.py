@@ -37,23 +37,6 @@ class KVKernel(Protocol):
     def why_not(self, form: KVFormat, head_dim: int, head_dim_v: int) -> str | None:
         """None where caches of this form are for this kernel, else the reason in words."""
 
-    def attend(
-        self,
-        q: Tensor,
-        pages: Pages,
-        sinks: Dense | None = None,
-        window: Dense | None = None,
-        fresh: Dense | None = None,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        sliding_window: int | None = None,
-        start: Tensor | None = None,
-        sink_logits: Tensor | None = None,
-        out_dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Attention of rotated queries over the parts of a cache; see `kv_cpu.KVCpu.attend`."""
-
     def attention(
         self,
         query: Tensor,
@@ -67,6 +50,23 @@ class KVKernel(Protocol):
     ) -> Tensor:
         """What `kv_reference.attention` computes."""
 
+    def attend(
+        self,
+        q: Tensor,
+        pages: Pages,
+        sinks: Dense | None = None,
+        window: Dense | None = None,
+        fresh: Dense | None = None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        start: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """The same over parts whose lengths stand in tensors, queries and result rotated: `kv_cpu.KVCpu.attend`. On a
+        device nothing is read on the host."""
+
     def append(
         self,
         x: Tensor,
@@ -77,7 +77,8 @@ class KVKernel(Protocol):
         unbiased: bool,
         mean: Tensor | None = None,
     ) -> None:
-        """x [n, kv_heads, D], rotated, into slots int64 [n] of codes and gain, as `kv_token.encode` and `pack` do."""
+        """x [n, kv_heads, D], rotated, into slots int64 [n] of codes and gain, as `kv_token.encode` and `pack` do. On a
+        device a slot of -1 says that there is nothing to write."""
 
     def rotate(self, x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
         """`kv_token.rotate` of x - mean, as `dtype`; None: that of x."""

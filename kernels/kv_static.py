@@ -1,10 +1,11 @@
 """A layer's cache in tensors of fixed size, for torch.compile and CUDA graphs: its state, and attention over it and
 appending to it as operators.
 
-The parts are those of `kv_rows.py`; page j of row b is page b * P + j of the pool, and how many tokens a row has stands
-in tensors. One forward is `attend` (state and new tokens), then `append`. On the CPU, for prompts and for the reference,
-the operators read the lengths on the host and do what a growing cache does. For up to a kernel's `most_tokens` on
-another device the host knows nothing: shapes are fixed, and a token that is not to be written has slot -1.
+The parts are those of `kv_rows.py`; page j of row b is page b * P + j of the pool, and how many tokens a row has
+stands in tensors. One forward is `attend` (state and new tokens), then `append`. On the CPU, for prompts and for the
+reference, the operators read the lengths on the host and do what a growing cache does. For up to a kernel's
+`most_tokens` on another device the host knows nothing: shapes are fixed, and a token that is not to be written has slot
+-1.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from .kv_rows import KVRows, RowEncoder, pages_of
 
 
 class StaticState(NamedTuple):
-    """k_codes, v_codes [batch P, kv_heads, 64, ..] and k_gain, v_gain [batch P, kv_heads, 64] (of no elements for a side
-    of 16 bits) as in `kv_pages`, sinks and rings [batch, tokens, kv_heads, D] as in `kv_rows`, block_table int32
+    """k_codes, v_codes [batch P, kv_heads, 64, ..] and k_gain, v_gain [batch P, kv_heads, 64] (of no elements for a
+    side of 16 bits) as in `kv_pages`, sinks and rings [batch, tokens, kv_heads, D] as in `kv_rows`, block_table int32
     [batch, P], lengths, quantized and exact_from int64 [batch]."""
 
     k_codes: Tensor

@@ -1,4 +1,4 @@
-"""Tiny models for the tests of the packed cache, with random weights large enough that tokens depend on the context, and
+"""Tiny models for the tests of the packed cache, with random weights so large that tokens depend on the context, and
 ways to run them."""
 
 from __future__ import annotations

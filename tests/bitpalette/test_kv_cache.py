@@ -176,10 +176,11 @@ class FakeOffloading(QuantizedCache):
 def test_offloaded_pages_come_back(model, monkeypatch: pytest.MonkeyPatch) -> None:
     moves = []
     for name in ("offload", "fetch"):
+        original = getattr(PagePool, name)
 
-        def move(pool: PagePool, move: Any = getattr(PagePool, name), name: str = name) -> None:
+        def move(pool: PagePool, original: Any = original, name: str = name) -> None:
             before = pool.away
-            move(pool)
+            original(pool)
             if pool.away != before:
                 moves.append(name)
                 scrambled(pool)
