@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=16, help="tokens a forward")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", action="store_true", help="print the table that --out holds")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     kept: dict[str, Any] = {"about": {}, "rows": {}}
     if args.out and args.out.exists():
         kept = json.loads(args.out.read_text())
