@@ -195,19 +195,13 @@ inline void output_tile(const uint32_t* words, int64_t columns, const uint32_t* 
     done(total);
 }
 
-// Registers of columns to R rows: as many sums as there are registers for.
-template <class V, int R>
-constexpr int tile_columns = V::tile_sums / R >= 4   ? 4
-                             : V::tile_sums / R >= 2 ? 2
-                                                     : 1;
-
-// body(first, integral_constant R) for `rows` rows in tiles of at most V::tile_rows, R of multiples of Step.
-template <class V, int Step, class F>
+// body(first, integral_constant R) for `rows` rows in tiles of at most Most, of multiples of Step.
+template <int Most, int Step, class F>
 inline void tiles_of(int64_t rows, F&& body) {
     int64_t row = 0;
     const auto take = [&](auto count) {
         constexpr int R = decltype(count)::value;
-        if constexpr (R % Step == 0 && R <= V::tile_rows)
+        if constexpr (R % Step == 0 && R <= Most)
             for (; rows - row >= R; row += R)
                 body(row, count);
     };
@@ -219,11 +213,17 @@ inline void tiles_of(int64_t rows, F&& body) {
     take(std::integral_constant<int, 1>{});
 }
 
+// Registers of columns to R rows: as many sums as there are registers for.
+template <class V, int R>
+constexpr int tile_columns = V::tile_sums / R >= 4   ? 4
+                             : V::tile_sums / R >= 2 ? 2
+                                                     : 1;
+
 // done(row, token, sums[R][C]) for x [rows, x_row], over all 64 tokens.
 template <class V, int Bits, class F>
 inline void score_products(const uint32_t* words, const uint32_t* high, int64_t pairs, const int8_t* x, int64_t x_row,
                            int64_t rows, KvAhead& ahead, F&& done) {
-    tiles_of<V, 1>(rows, [&](int64_t row, auto count) {
+    tiles_of<V::tile_rows, 1>(rows, [&](int64_t row, auto count) {
         constexpr int R = decltype(count)::value, C = tile_columns<V, R>;
         for (int64_t t = 0; t < kv_page; t += C * V::lanes)
             score_tile<V, Bits, R, C>(words + t, high + t, pairs, x + row * x_row, x_row, ahead,
@@ -238,7 +238,7 @@ inline void output_products(const uint32_t* words, int64_t columns, const uint32
                             const int32_t* start, int64_t rows, KvAhead& ahead, F&& done) {
     constexpr int each = kv_codes_of_byte(Bits), halves = kv_paired<Bits>;
     const int64_t half = columns / halves;
-    tiles_of<V, 2>(rows, [&](int64_t row, auto count) {
+    tiles_of<V::tile_rows, 2>(rows, [&](int64_t row, auto count) {
         constexpr int R = decltype(count)::value, C = tile_columns<V, R>, Q = each < C ? each : C, W = C / Q;
         repeat<halves>([&](auto odd) {
             const auto tile = [&](int64_t column, auto w, auto first) {
