@@ -231,7 +231,7 @@ def main() -> None:
     kernels = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     BuildNative.cuda = decide_cuda(os.environ, shutil.which, kernels)
     if BuildNative.cuda.nvcc:
-        sources = ["csrc/bind/cuda_module.cpp", *kernels]
+        sources = ["csrc/bind/cuda_module.cpp", "csrc/bind/cuda_kv.cpp", *kernels]
         modules.append(native_module("bitpalette._cuda", sources, ["cuda", "cpu", "bind"]))
     setup(ext_modules=modules, cmdclass={"build_ext": BuildNative})
 

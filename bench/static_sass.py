@@ -182,7 +182,9 @@ def shortest_round(body: Sequence[Instruction]) -> list[Instruction] | None:
         following = []
         if instruction.name == "BRA" and (target := _TARGET.search(instruction.operands)):
             following.append(at.get(int(target[1], 16), 0))
-        if instruction.guard or instruction.name not in ("BRA", "EXIT", "RET"):
+        # BRA.DIV and BRA.CONV are for warps whose threads have gone apart: they say so in an operand, not in a guard
+        apart = instruction.name == "BRA" and instruction.modifiers in (".DIV", ".CONV")
+        if instruction.guard or apart or instruction.name not in ("BRA", "EXIT", "RET"):
             following.append(i + 1)
         for j in following:
             if j > i and passed[j] == passed[i + 1] and length[i] + 1 < length[j]:

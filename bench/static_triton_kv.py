@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bitpalette.kernels.kv_triton import WARPS, launch_for, padded_width, power_of_two
+from bitpalette.kernels.kv_triton import BLOCK_M, WARPS, launch_for, padded_width, power_of_two
 from bitpalette.kernels.triton_device.kv_attention import attention_kernel
 from bitpalette.kernels.triton_device.kv_combine import combine_kernel
 from bitpalette.kernels.triton_device.kv_encode import append_kernel, rotate_kernel
@@ -15,7 +15,7 @@ KV_HEADS = 8
 PAGES = 512
 """Of a row: 32 768 tokens."""
 
-SHAPES = ((64, 3), (80, 4), (96, 4), (128, 4), (128, 32), (256, 8))
+SHAPES = ((64, 3), (80, 4), (128, 4), (256, 8))
 """(head_dim, query rows of a kv head)."""
 
 BITS = ((4, 4), (2, 2), (3, 3), (8, 8), (4, 2), (3, 2))
@@ -90,7 +90,7 @@ def _attention(bits_k: int, bits_v: int, head_dim: int, rows: int, dtype: str, p
         "BITS_K": bits_k,
         "BITS_V": bits_v,
         "HAS_SOFTCAP": False,
-        "BLOCK_M": launch.block_m,
+        "BLOCK_M": BLOCK_M,
         "WIDTH_K": padded_width(head_dim),
         "WIDTH_V": padded_width(head_dim),
         "BLOCK_T": launch.block_t,

@@ -71,9 +71,8 @@ def attention_forward(
     if options.get("output_attentions"):
         raise KVError(f"attention {NAME!r} has no weights to return; use set_attn_implementation('eager') for them")
     if handle is None:
-        return _unpacked(
-            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, options
-        )
+        options |= {"dropout": dropout, "sliding_window": sliding_window}
+        return _unpacked(module, query, key, value, attention_mask, scaling, softcap, s_aux, options)
     if dropout:
         raise KVError(f"attention over a packed cache has no dropout ({dropout}); call model.eval()")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -97,8 +96,6 @@ def _unpacked(
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
     softcap: float | None,
     sink_logits: Tensor | None,
     options: dict[str, Any],
@@ -113,11 +110,10 @@ def _unpacked(
     elif mask is None and causal and 1 < n < length:  # `sdpa` would count the queries from the first key
         mask = _causal(torch.ones(1, 1, 1, length, dtype=torch.uint8, device=query.device), n)
     if softcap is None and sink_logits is None:
-        options = options | {"sliding_window": sliding_window}
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
     if options.get("position_bias") is not None:
         raise KVError(f"attention {NAME!r} has no position bias beside a softcap or logits of sinks; use 'eager'")
-    if dropout:
+    if options["dropout"]:
         raise KVError(f"attention {NAME!r} has no dropout beside a softcap or logits of sinks; use 'eager'")
     if mask is None and causal and n > 1:
         mask = _causal(torch.ones(1, 1, 1, length, dtype=torch.uint8, device=query.device), n)
@@ -161,7 +157,7 @@ def causal_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -173,6 +169,8 @@ def causal_mask(
     growing = isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
     growing &= options.get("allow_is_causal_skip", True)
     if mask_function is not causal_mask_function or not (fixed or growing):
+        if 1 < q_length < kv_length:  # no mask: `sdpa` counts queries from the first key, this file from the last
+            options["allow_is_causal_skip"] = False
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
     if attention_mask is None:
         return None

@@ -116,15 +116,21 @@ class QuantizedCache(Cache):
         self.plan = plan
 
     @property
-    def packed(self) -> list[PackedLayer | StaticPackedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, (PackedLayer, StaticPackedLayer))]
+    def packed(self) -> list[PackedLayer]:
+        """The packed layers; none of a static cache, whose layers are of another class."""
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, by packed layers and by dense ones. Pages that forks share are counted in each."""
-        dense = [layer for layer in self.layers if not isinstance(layer, (PackedLayer, StaticPackedLayer))]
-        tensors = [t for layer in dense for t in vars(layer).values() if isinstance(t, Tensor)]
-        return sum(layer.nbytes for layer in self.packed) + sum(t.numel() * t.element_size() for t in tensors)
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, (PackedLayer, StaticPackedLayer)):
+                total += layer.nbytes
+            else:
+                tensors = [t for t in vars(layer).values() if isinstance(t, Tensor)]
+                total += sum(t.numel() * t.element_size() for t in tensors)
+        return total
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

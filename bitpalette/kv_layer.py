@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def check_implementation(config: Any) -> None:
     if (name := getattr(config, "_attn_implementation", None)) != kv_attention.NAME:
         raise KVError(
             f"a packed cache is read by attention {kv_attention.NAME!r}, the model has {name!r}; "
-            f"call model.set_attn_implementation({kv_attention.NAME!r})"
+            f"call model.set_attn_implementation({kv_attention.NAME!r}); a model that does not take it has attention "
+            "of its own: use transformers' DynamicCache for it"
         )
 
 
@@ -76,10 +78,23 @@ class Pending:
     """The tokens of one forward: given to the layer, read by attention, not appended yet."""
 
     def __init__(self, layer: PackedLayer, k: Tensor, v: Tensor) -> None:
-        self.layer, self.k, self.v = layer, k, v
+        self._layer, self.k, self.v = weakref.ref(layer), k, v  # weak: a cycle would keep caches until gc runs
         self.skip: NDArray[np.int64] | None = None  # known once attention has the mask
         self.reads = 0
         self.gone = False
+
+    @property
+    def layer(self) -> PackedLayer:
+        layer = self._layer()
+        if layer is None:
+            raise KVError("keys of a cache that is gone; keep the cache while the model runs")
+        return layer
+
+    def of(self, layer: PackedLayer) -> Pending:
+        """The same tokens of a copy of their layer."""
+        other = copy.copy(self)
+        other._layer = weakref.ref(layer)
+        return other
 
     @property
     def tokens(self) -> int:
@@ -319,8 +334,7 @@ class PackedLayer(CacheLayerMixin):
         if self._rows is not None:
             other._rows = self._rows.fork()
         if self.pending is not None:
-            other.pending = copy.copy(self.pending)
-            other.pending.layer = other
+            other.pending = self.pending.of(other)
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
@@ -329,4 +343,6 @@ class PackedLayer(CacheLayerMixin):
         for shared in (self.config, self.kernel, self.mean):  # the model's, and without state
             memo[id(shared)] = shared
         vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        if other.pending is not None:
+            other.pending = other.pending.of(other)
         return other

@@ -85,6 +85,8 @@ class StaticPackedLayer(CacheLayerMixin):
 
     def __init__(self, index: int, form: KVFormat, mean: Tensor | None, config: Any, readers: int, tokens: int) -> None:
         super().__init__()
+        if form.kind != "token":
+            raise KVError(f"layer {index}: a static cache holds the kind 'token', not {form.kind!r}; use static=False")
         self.index, self.form, self.config, self.readers, self.tokens = index, form, config, readers, tokens
         self.mean = mean
         self.numbers = kv_static.format_numbers(form)

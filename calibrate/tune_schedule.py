@@ -82,7 +82,7 @@ def schedule(sequences: int, seq_len: int, settings: TuneSettings, steps: int) -
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     order: list[int] = []
     while len(order) < steps * batch:
-        order += torch.randperm(training, generator=generator).tolist()
+        order += torch.randperm(training, generator=generator, device="cpu").tolist()
     by_step = [order[i * batch : (i + 1) * batch] for i in range(steps)]
     return Schedule(steps, -(-steps // evaluations(steps)), by_step, held_out)
 

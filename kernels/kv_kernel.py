@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..quant.kv_format import KVError, KVFormat
 from . import kv_reference
-from .kv_cpu import KVCpu
+from .kv_cpu import Dense, KVCpu, Pages
+from .kv_cuda import KVCuda
 from .kv_rows import KVRows
+from .kv_triton import KVTriton
 
 FORCE_VARIABLE = "BITPALETTE_KV_KERNEL"
 REFERENCE = "reference"
@@ -24,10 +26,13 @@ class KVKernel(Protocol):
     """One backend for some formats and one kind of device. Stateless: one object serves every layer."""
 
     name: str
-    device_type: str
     most_tokens: int
     """New tokens of a call to `attention`. More of them are for the reference: it decodes pages for a matrix product,
     which is faster then."""
+
+    @property
+    def device_type(self) -> str:
+        """Of the tensors that it reads."""
 
     def why_not(self, form: KVFormat, head_dim: int, head_dim_v: int) -> str | None:
         """None where caches of this form are for this kernel, else the reason in words."""
@@ -45,6 +50,23 @@ class KVKernel(Protocol):
     ) -> Tensor:
         """What `kv_reference.attention` computes."""
 
+    def attend(
+        self,
+        q: Tensor,
+        pages: Pages,
+        sinks: Dense | None = None,
+        window: Dense | None = None,
+        fresh: Dense | None = None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        start: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """The same over parts whose lengths stand in tensors, queries and result rotated: `kv_cpu.KVCpu.attend`. On a
+        device nothing is read on the host."""
+
     def append(
         self,
         x: Tensor,
@@ -55,7 +77,8 @@ class KVKernel(Protocol):
         unbiased: bool,
         mean: Tensor | None = None,
     ) -> None:
-        """x [n, kv_heads, D], rotated, into slots int64 [n] of codes and gain, as `kv_token.encode` and `pack` do."""
+        """x [n, kv_heads, D], rotated, into slots int64 [n] of codes and gain, as `kv_token.encode` and `pack` do. On a
+        device a slot of -1 says that there is nothing to write."""
 
     def rotate(self, x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
         """`kv_token.rotate` of x - mean, as `dtype`; None: that of x."""
@@ -64,7 +87,8 @@ class KVKernel(Protocol):
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, KVKernel]:
     """In the order of choice; the reference, which runs everything, is none of them."""
-    return {kernel.name: kernel for kernel in (KVCpu(),)}
+    every: tuple[KVKernel, ...] = (KVCpu(), KVCuda(), KVTriton())
+    return {kernel.name: kernel for kernel in every}
 
 
 def choose(form: KVFormat, head_dim: int, head_dim_v: int, device: torch.device) -> KVKernel | None:

@@ -1,10 +1,11 @@
 """A layer's cache in tensors of fixed size, for torch.compile and CUDA graphs: its state, and attention over it and
 appending to it as operators.
 
-The parts are those of `kv_rows.py`; page j of row b is page b * P + j of the pool, and how many tokens a row has stands
-in tensors. One forward is `attend` (state and new tokens), then `append`. On the CPU, for prompts and for the reference,
-the operators read the lengths on the host and do what a growing cache does. For up to a kernel's `most_tokens` on
-another device the host knows nothing: shapes are fixed, and a token that is not to be written has slot -1.
+The parts are those of `kv_rows.py`; page j of row b is page b * P + j of the pool, and how many tokens a row has
+stands in tensors. One forward is `attend` (state and new tokens), then `append`. On the CPU, for prompts and for the
+reference, the operators read the lengths on the host and do what a growing cache does. For up to a kernel's
+`most_tokens` on another device the host knows nothing: shapes are fixed, and a token that is not to be written has slot
+-1.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from .kv_rows import KVRows, RowEncoder, pages_of
 
 
 class StaticState(NamedTuple):
-    """k_codes, v_codes [batch P, kv_heads, 64, ..] and k_gain, v_gain [batch P, kv_heads, 64] (of no elements for a side
-    of 16 bits) as in `kv_pages`, sinks and rings [batch, tokens, kv_heads, D] as in `kv_rows`, block_table int32
+    """k_codes, v_codes [batch P, kv_heads, 64, ..] and k_gain, v_gain [batch P, kv_heads, 64] (of no elements for a
+    side of 16 bits) as in `kv_pages`, sinks and rings [batch, tokens, kv_heads, D] as in `kv_rows`, block_table int32
     [batch, P], lengths, quantized and exact_from int64 [batch]."""
 
     k_codes: Tensor
@@ -156,7 +157,7 @@ class StaticRows(KVRows):
 
     @cached_property
     def table(self) -> list[list[int]]:  # type: ignore[override]
-        return self.state.block_table.tolist()  # type: ignore[no-any-return]
+        return self.state.block_table.tolist()
 
     def _claim(self, until: NDArray[np.int64]) -> None:
         if (until > self.claimed).any():
@@ -176,6 +177,11 @@ def _gains(state: StaticState, form: KVFormat) -> tuple[tuple[Tensor, int], tupl
 def format_numbers(form: KVFormat) -> list[int]:
     """What operators are told of a format."""
     return [form.bits_k, form.bits_v, form.sinks, form.window]
+
+
+def _format(numbers: Sequence[int]) -> KVFormat:
+    bits_k, bits_v, sinks, window = numbers
+    return KVFormat(bits_k, bits_v, sinks, window)
 
 
 def _kernel(name: str) -> KVKernel | None:
@@ -341,7 +347,7 @@ def attend(
     """`kv_reference.attention` over a state and n new tokens k, v [batch, n, kv_heads, D] as stored: [batch, n, heads,
     Dv] of the dtype of query [batch, heads, n, D]. mask: as `padding_on_host` has it. state: of `StaticState`; numbers:
     of `format_numbers`; kernel: name of a kernel or "reference"."""
-    held, form, found, n = StaticState(*state), KVFormat(*numbers), _kernel(kernel), k.shape[1]
+    held, form, found, n = StaticState(*state), _format(numbers), _kernel(kernel), k.shape[1]
     if found is not None and _on_device(found, held, n):
         skip = padding_on_device(mask, held.lengths, n)
         out = attend_on_device(found, query, k, v, skip, held, form, scale, softcap, sliding_window, sink_logits)
@@ -365,7 +371,7 @@ def append(
     k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor], numbers: Sequence[int], kernel: str
 ) -> None:
     """The tokens of `attend` into the state. KVError where there is no room for them."""
-    held, form, found, n = StaticState(*state), KVFormat(*numbers), _kernel(kernel), k.shape[1]
+    held, form, found, n = StaticState(*state), _format(numbers), _kernel(kernel), k.shape[1]
     if found is not None and _on_device(found, held, n):
         append_on_device(found, k, v, padding_on_device(mask, held.lengths, n), held, form)
         return

@@ -1,8 +1,8 @@
 """The packed KV cache by Triton: launchers of triton_device/kv_*.py.
 
-Over pages queries are float16, divided by their largest; codes are exact, weights float16, sums float32. The same launch
-gives the same bits from run to run. Nothing here waits for the device, and nothing is allocated but by torch: calls can
-be captured in a CUDA graph once they have been made before it, which compiles them.
+Over pages queries are float16, divided by their largest; codes are exact, weights float16, sums float32. The same
+launch gives the same bits from run to run. Nothing here waits for the device, and nothing is allocated but by torch:
+calls can be captured in a CUDA graph once they have been made before it, which compiles them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ LEAST_PAGES = 4
 """Of a split: 256 tokens, some 16 KB of 4-bit keys and values of 64 channels, are worth a program."""
 
 
+BLOCK_M = 16
+"""Query rows a program: one row of matrix instructions. With more of them Triton gives the rows to different warps, and
+each decodes all codes; further rows of a kv head are a program of their own, which reads the codes from the L2."""
+
+
 @dataclass(frozen=True)
 class KVLaunch:
-    """block_m: query rows a program; block_t: tokens of a step over 16-bit parts; splits: programs that share a row's
-    pages, one more has the rest of it."""
+    """block_t: tokens of a step over 16-bit parts; splits: programs that share a row's pages, one more has the rest."""
 
-    block_m: int
     block_t: int
     splits: int
     warps: int
@@ -58,19 +61,25 @@ def launch_for(
     batch: int, kv_heads: int, rows: int, pages: int, head_dim: int, processors: int, itemsize: int = 2
 ) -> KVLaunch:
     """How attention is launched. rows: query heads of a kv head times new tokens; pages: that a row has room for, not
-    those that it has; processors: the GPU's multiprocessors, of which each gets four programs where there is work.
-    itemsize: of 16-bit parts, 4 in float32."""
-    block_m = next((block for block in (16, 32) if rows <= block), 64)
-    programs = batch * kv_heads * -(-rows // block_m)
-    splits = min(-(-4 * processors // programs), -(-pages // LEAST_PAGES), MOST_SPLITS)
-    # a plane of D / 4 value channels is shared among the warps in pieces of 8
-    warps = 4 if head_dim > 64 or block_m > 16 else 2
-    block_t = 32 if head_dim <= 128 and itemsize == 2 else 16
-    return KVLaunch(block_m, block_t, max(1, splits), warps, stages=3)
+    those that it has; processors: the GPU's multiprocessors; itemsize: of 16-bit parts, 4 in float32."""
+    # 64 channels are four planes of 16, all that one warp multiplies: a second does the same again, and is there only
+    # where float32 parts would spill
+    warps = 4 if head_dim > 64 else itemsize // 2
+    programs = batch * kv_heads * -(-rows // BLOCK_M)
+    resident = processors * (4 if warps == 4 else 8)
+    splits = min(-(-resident // programs), -(-pages // LEAST_PAGES), MOST_SPLITS)
+    return KVLaunch(32 if head_dim <= 128 and itemsize == 2 else 16, max(1, splits), warps, stages=3)
 
 
 class KVTriton:
     """Attention and append on a GPU, or on a CPU under TRITON_INTERPRET=1."""
+
+    name = "triton"
+    most_tokens = MOST_TOKENS
+
+    @property
+    def device_type(self) -> str:
+        return "cpu" if interpreting() else "cuda"
 
     def why_not(self, form: KVFormat, head_dim: int, head_dim_v: int) -> str | None:
         """None where caches of this form are for Triton here, else the reason in words."""
@@ -139,7 +148,7 @@ class KVTriton:
         most, sum = torch.empty(2, batch, kv_heads, splits, rows, dtype=torch.float32, device=q.device)
         out = torch.empty(batch, heads, n, head_dim_v, dtype=out_dtype, device=q.device)
         with on_device(q.device):
-            attention_kernel[splits, kv_heads * -(-rows // launch.block_m), batch](
+            attention_kernel[splits, kv_heads * -(-rows // BLOCK_M), batch](
                 q,
                 *_key_words(pages.k_codes, pages.bits_k),
                 pages.k_gain,
@@ -169,7 +178,7 @@ class KVTriton:
                 BITS_K=pages.bits_k,
                 BITS_V=pages.bits_v,
                 HAS_SOFTCAP=softcap is not None,
-                BLOCK_M=launch.block_m,
+                BLOCK_M=BLOCK_M,
                 WIDTH_K=padded_width(head_dim),
                 WIDTH_V=padded_width(head_dim_v),
                 BLOCK_T=launch.block_t,
@@ -317,7 +326,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _key_words(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    """Rows of codes as words, and as bytes where high bits are to be read too; as bytes twice where words do not fit."""
+    """Rows of codes as words, and as bytes for the high bits of 3; twice as bytes where words of 16 bits do not fit."""
     if bits == 3 and codes.shape[-1] % 2:
         return codes, codes
     return codes.view(KEY_WORD[bits]), codes if bits == 3 else None

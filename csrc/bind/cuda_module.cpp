@@ -17,6 +17,9 @@
 namespace py = pybind11;
 
 namespace bitpalette {
+
+void bind_cuda_kv(py::module_& m); // cuda_kv.cpp
+
 namespace {
 
 template <class T>
@@ -191,4 +194,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("transform_input", &transform);
     m.def("transform_room", [](int n) { return transform_input_room(n); });
     m.def("shared_limit", &shared_limit);
+    bind_cuda_kv(m);
 }

@@ -126,26 +126,70 @@ inline void add_page(int64_t rows, int64_t width, const KvRoom& room, KvAhead& a
     output_products<V, Bits>(room.words, words, room.high, room.weights, room.start, 2 * rows, ahead, add);
 }
 
-// room.weights, unit and start of one query: P of chance * gain in two bytes.
-template <class V>
-inline void round_weights(const float* chance, const float* gain, int32_t offset, int64_t r, const KvRoom& room) {
-    alignas(64) float product[kv_page];
-    typename V::Floats most = V::zero(), total = V::zero();
-    for (int64_t t = 0; t < kv_page; t += V::lanes) {
-        const auto p = V::multiply(V::load(chance + t), V::load(gain + t));
-        V::store(product + t, p);
-        most = V::maximum(most, V::maximum(p, V::subtract(V::zero(), p)));
-        total = V::add(total, p); // NaN and infinity end up here, and a maximum can lose them
+// Scores of a page's tokens in float32 to room.chances, the largest so far to `to.most` and what it grew by, negative,
+// to room.keep. whole: every query sees all of the page.
+template <class V, int BitsK>
+inline void scores_of(const KvAttentionCall& c, const KvQueries& q, const KvSpan& span, int64_t base, int64_t n,
+                      bool whole, const float* k_gain, const KvRoom& room, const KvPartial& to) {
+    for (int64_t r = 0; r < c.group * c.tokens; ++r) {
+        const int32_t* products = room.scores + r * q.planes * kv_page;
+        float* score = room.chances + r * kv_page;
+        const auto unit = V::all(2 * q.scale[r]), low_unit = V::all(2 * q.scale[r] / 254);
+        const auto shift = V::all(-static_cast<float>(level_offset<V, BitsK>) * q.scale[r] * q.sum[r]);
+        typename V::Floats largest = V::all(to.most[r]);
+        for (int64_t t = 0; t < kv_page; t += V::lanes) {
+            auto s = V::multiply_add(V::to_floats(V::load_ints(products + t)), unit, shift);
+            if (q.planes == 2)
+                s = V::multiply_add(V::to_floats(V::load_ints(products + kv_page + t)), low_unit, s);
+            s = V::multiply(s, V::load(k_gain + t));
+            V::store(score + t, s);
+            largest = V::maximum(largest, s);
+        }
+        const KvRange range = whole ? KvRange{0, kv_page} : seen_range(span, r % c.tokens, base, n);
+        if (range.from >= range.to) {
+            room.keep[r] = 0;
+            continue;
+        }
+        if (!whole || c.softcap > 0)
+            largest = limit_scores<V>(score, range, c.softcap, to.most[r]);
+        const float now = V::largest(largest);
+        room.keep[r] = to.most[r] - now;
+        to.most[r] = now;
     }
-    const float largest = V::largest(most), poison = 0 * V::total(total);
+}
+
+// chance * gain of a query's tokens, in place of their scores; room.unit and to.weight.
+template <class V>
+inline void chances_of(float* score, const float* gain, int64_t r, const KvRoom& room, const KvPartial& to) {
+    const auto now = V::all(to.most[r]), zero = V::zero();
+    typename V::Floats total = zero, most = zero, least = zero;
+    for (int64_t t = 0; t < kv_page; t += V::lanes) {
+        // below e^-60 there is nothing to see, but products with gains that are too small for a normal number, which
+        // take a hundred times as long; NaN is second, which keeps it
+        const auto e = exponential<V>(V::maximum(V::all(-60.0f), V::subtract(V::load(score + t), now)));
+        const auto p = V::multiply(e, V::load(gain + t));
+        V::store(score + t, p);
+        // positions that are not seen add e^-60, where the largest so far has 1; NaN and infinity of a gain end up
+        // here, and a maximum can lose them
+        total = V::add(total, V::multiply_add(p, zero, e));
+        most = V::maximum(most, p), least = V::minimum(least, p);
+    }
+    const float weight = V::total(total);
+    to.weight[r] = to.weight[r] * room.keep[r] + weight;
     // what is below 1e-30 of the largest so far does not count, and 1 / largest must not overflow
-    const bool counts = largest > 1e-30f && poison == 0;
-    const auto inverse = V::all(counts ? largest_weight / largest : 0.0f), magic = V::all(12582912.0f);
+    const float largest = V::largest(V::maximum(most, V::subtract(zero, least)));
+    room.unit[r] = largest > 1e-30f && 0 * weight == 0 ? largest / largest_weight : 0 * weight;
+}
+
+// room.weights and start: P of chance * gain in two bytes.
+template <class V>
+inline void round_weights(const float* product, int32_t offset, int64_t r, const KvRoom& room) {
+    const float unit = room.unit[r];
+    const auto inverse = V::all(unit > 0 ? 1 / unit : 0.0f), magic = V::all(12582912.0f);
     typename V::Floats sum = V::zero();
     for (int64_t t = 0; t < kv_page; t += V::lanes) {
         // 1.5 * 2^23 rounds to a whole number
-        auto p = V::load(product + t);
-        p = counts ? V::subtract(V::multiply_add(p, inverse, magic), magic) : V::zero();
+        const auto p = V::subtract(V::multiply_add(V::load(product + t), inverse, magic), magic);
         // halves up: low, -64..63, is doubled and has to stay a byte
         const auto high = V::subtract(V::multiply_add(V::add(p, V::all(0.25f)), V::all(1.0f / 128), magic), magic);
         const auto low = V::multiply_add(high, V::all(-128.0f), p);
@@ -153,44 +197,40 @@ inline void round_weights(const float* chance, const float* gain, int32_t offset
         V::store_bytes(room.weights + (2 * r + 1) * kv_page + t, V::add(low, low));
         sum = V::add(sum, p); // whole and below 2^20: exact
     }
-    room.unit[r] = largest / largest_weight + poison;
     room.start[2 * r] = 0;
-    room.start[2 * r + 1] = -offset * static_cast<int32_t>(V::total(sum));
+    room.start[2 * r + 1] = unit > 0 ? -offset * static_cast<int32_t>(V::total(sum)) : 0;
 }
 
-// What a page costs beyond its products: scores in float32, softmax, weights.
+// What a page costs beyond its products: scores in float32, softmax, weights. In passes over the queries: in each, what
+// depends on one another (a maximum of lanes, an exponential) goes on side by side for several of them.
 template <class V, int BitsK>
 inline void weigh_page(const KvAttentionCall& c, const KvQueries& q, const KvSpan& span, int64_t base, int64_t n,
                        const float* k_gain, const float* v_gain, int32_t offset, const KvRoom& room,
                        const KvPartial& to) {
-    alignas(64) float score[kv_page], chance[kv_page], seen_gain[kv_page];
-    for (int64_t r = 0; r < c.group * c.tokens; ++r) {
-        const KvRange range = seen_range(span, r % c.tokens, base, n);
-        if (range.from >= range.to) {
-            std::memset(room.weights + 2 * r * kv_page, 0, 2 * kv_page);
-            room.start[2 * r] = room.start[2 * r + 1] = 0;
-            room.unit[r] = 0;
-            room.keep[r] = 1;
-            continue;
-        }
-        const int32_t* products = room.scores + r * q.planes * kv_page;
-        const auto unit = V::all(2 * q.scale[r]), low_unit = V::all(2 * q.scale[r] / 254);
-        const auto shift = V::all(-static_cast<float>(level_offset<V, BitsK>) * q.scale[r] * q.sum[r]);
-        for (int64_t t = 0; t < kv_page; t += V::lanes) {
-            auto s = V::multiply_add(V::to_floats(V::load_ints(products + t)), unit, shift);
-            if (q.planes == 2)
-                s = V::multiply_add(V::to_floats(V::load_ints(products + kv_page + t)), low_unit, s);
-            V::store(score + t, V::multiply(s, V::load(k_gain + t)));
-        }
+    const int64_t rows = c.group * c.tokens;
+    const KvRange first = seen_range(span, 0, base, n), last = seen_range(span, c.tokens - 1, base, n);
+    const bool whole = last.from <= 0 && first.to >= kv_page;
+    scores_of<V, BitsK>(c, q, span, base, n, whole, k_gain, room, to);
+    for (int64_t r = 0; r < rows; r += V::lanes) // room has whole lines
+        V::store(room.keep + r, exponential<V>(V::load(room.keep + r)));
+    alignas(64) float seen_gain[kv_page];
+    for (int64_t r = 0; r < rows; ++r) {
         const float* gain = v_gain;
-        if (range.from > 0 || range.to < kv_page) {
+        if (!whole) {
+            const KvRange range = seen_range(span, r % c.tokens, base, n);
+            if (range.from >= range.to) {
+                std::memset(room.chances + r * kv_page, 0, kv_page * sizeof(float));
+                room.unit[r] = 0;
+                continue;
+            }
             for (int64_t t = 0; t < kv_page; ++t)
                 seen_gain[t] = t >= range.from && t < range.to ? v_gain[t] : 0.0f;
             gain = seen_gain;
         }
-        room.keep[r] = softmax_block<V>(score, range, c.softcap, chance, to.most + r, to.weight + r);
-        round_weights<V>(chance, gain, offset, r, room);
+        chances_of<V>(room.chances + r * kv_page, gain, r, room, to);
     }
+    for (int64_t r = 0; r < rows; ++r)
+        round_weights<V>(room.chances + r * kv_page, offset, r, room);
 }
 
 // byte[n]: the byte of a row (of 3 bits, of its high plane) that column n of V's interleaved words is about, -1 where

@@ -101,8 +101,7 @@ struct KvAvx2 : Avx2 {
                     const uint8_t* at = from + row * stride + 2 * k;
                     uint8_t part[32] = {};
                     if (bytes - 2 * k < 32)
-                        at = static_cast<const uint8_t*>(
-                            std::memcpy(part, at, static_cast<size_t>(bytes - 2 * k)));
+                        at = static_cast<const uint8_t*>(std::memcpy(part, at, static_cast<size_t>(bytes - 2 * k)));
                     return _mm256_shuffle_epi8(load_ints(at), order);
                 };
                 Ints w[4];
@@ -128,8 +127,8 @@ struct KvAvx2 : Avx2 {
             r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(rows + i * stride)),
                                            load128(rows + (4 + i) * stride), 1);
             if (Paired)
-                r[i] = _mm256_shuffle_epi8(r[i], _mm256_broadcastsi128_si256(_mm_setr_epi8(
-                                                     0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)));
+                r[i] = _mm256_shuffle_epi8(r[i], _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8,
+                                                                                           10, 12, 14, 9, 11, 13, 15)));
         }
         const Ints a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpacklo_epi32(r[2], r[3]);
         const Ints c = _mm256_unpackhi_epi32(r[0], r[1]), d = _mm256_unpackhi_epi32(r[2], r[3]);

@@ -140,8 +140,8 @@ struct KvNeon : Neon {
                 std::memcpy(part[row], rows + row * stride, static_cast<size_t>(n));
             rows = part[0], stride = 16;
         }
-        vst4q_u8(reinterpret_cast<uint8_t*>(to), {{vld1q_u8(rows), vld1q_u8(rows + stride), vld1q_u8(rows + 2 * stride),
-                                                   vld1q_u8(rows + 3 * stride)}});
+        vst4q_u8(reinterpret_cast<uint8_t*>(to),
+                 {{vld1q_u8(rows), vld1q_u8(rows + stride), vld1q_u8(rows + 2 * stride), vld1q_u8(rows + 3 * stride)}});
     }
     template <int Shift>
     static int32x4_t shifted(int32x4_t i) {

@@ -5,11 +5,11 @@
 //     scores    words are four codes of one key, columns the 64 tokens of a page   (rows transposed word by word)
 //     outputs   words are one element of four values, columns the elements         (rows interleaved byte by byte)
 //
-// A word of packed bytes has 8 / b such quads of codes. Packed words are moved, 4 KB of 4 bits at a head_dim of 128, and
-// got apart by shifts between the products.
+// A word of packed bytes has 8 / b such quads of codes. Packed words are moved, 4 KB of 4 bits at a head_dim of 128,
+// and got apart by shifts between the products.
 //
-// Of 3 bits, a byte of the high plane has the high bits of two bytes of the low one, in its nibbles. So words of the low
-// plane come in pairs, one of even and one of odd bytes, and one word of the high plane is for both.
+// Of 3 bits, a byte of the high plane has the high bits of two bytes of the low one, in its nibbles. So words of the
+// low plane come in pairs, one of even and one of odd bytes, and one word of the high plane is for both.
 #pragma once
 
 #include <cstdint>
@@ -35,31 +35,38 @@ BITPALETTE_INLINE inline void repeat(F&& f) {
 }
 
 // Lines of the next page, asked for between products: cores have 10 to 16 buffers for lines on their way, a page of 4
-// bits has 128 lines, and asking for all at once waits for most of them.
+// bits has 128 lines, and asking for all at once waits for most of them. Keys and values take turns: the processor's
+// own prefetcher follows runs of lines, and fetches two at a time (1.2 times as fast as one after the other).
 struct KvAhead {
     struct Run { // of lines
-        const uint8_t* at;
+        const uint8_t *at, *then;
         int64_t step; // 0: nothing is left
         BITPALETTE_INLINE void ask() {
             __builtin_prefetch(at, 0, 3);
-            at += step;
+            const uint8_t* after = at + step;
+            at = then, then = after;
         }
     };
     struct Bytes {
         const uint8_t *at, *end;
-    } now, then;
+        bool left() const { return at < end; }
+    } keys, values;
 
-    // Of `lines` or a few more; one that a step of loops asks for, without branches.
-    inline Run next(int64_t lines) {
-        if (now.at >= now.end)
-            now = then, then.at = then.end;
-        if (now.at >= now.end)
-            return {reinterpret_cast<const uint8_t*>(this), 0};
-        const Run run{now.at, 64};
-        now.at += 64 * lines;
+    // Of `lines`, or a few after the end; a loop asks for one at each of its steps, without branches.
+    Run next(int64_t lines) {
+        if (keys.left() && values.left()) {
+            const Run run{keys.at, values.at, 64};
+            keys.at += (lines + 1) / 2 * 64, values.at += lines / 2 * 64;
+            return run;
+        }
+        Bytes& one = keys.left() ? keys : values;
+        if (!one.left())
+            return {reinterpret_cast<const uint8_t*>(this), reinterpret_cast<const uint8_t*>(this), 0};
+        const Run run{one.at, one.at + 64, 128};
+        one.at += 64 * lines;
         return run;
     }
-    inline void rest() {
+    void rest() {
         for (Run run = next(1); run.step != 0; run = next(1))
             run.ask();
     }
@@ -188,17 +195,13 @@ inline void output_tile(const uint32_t* words, int64_t columns, const uint32_t* 
     done(total);
 }
 
-// Registers of columns to R rows: as many sums as there are registers for.
-template <class V, int R>
-constexpr int tile_columns = V::tile_sums / R >= 4 ? 4 : V::tile_sums / R >= 2 ? 2 : 1;
-
-// body(first, integral_constant R) for `rows` rows in tiles of at most V::tile_rows, R of multiples of Step.
-template <class V, int Step, class F>
+// body(first, integral_constant R) for `rows` rows in tiles of at most Most, of multiples of Step.
+template <int Most, int Step, class F>
 inline void tiles_of(int64_t rows, F&& body) {
     int64_t row = 0;
     const auto take = [&](auto count) {
         constexpr int R = decltype(count)::value;
-        if constexpr (R % Step == 0 && R <= V::tile_rows)
+        if constexpr (R % Step == 0 && R <= Most)
             for (; rows - row >= R; row += R)
                 body(row, count);
     };
@@ -210,11 +213,17 @@ inline void tiles_of(int64_t rows, F&& body) {
     take(std::integral_constant<int, 1>{});
 }
 
+// Registers of columns to R rows: as many sums as there are registers for.
+template <class V, int R>
+constexpr int tile_columns = V::tile_sums / R >= 4   ? 4
+                             : V::tile_sums / R >= 2 ? 2
+                                                     : 1;
+
 // done(row, token, sums[R][C]) for x [rows, x_row], over all 64 tokens.
 template <class V, int Bits, class F>
 inline void score_products(const uint32_t* words, const uint32_t* high, int64_t pairs, const int8_t* x, int64_t x_row,
                            int64_t rows, KvAhead& ahead, F&& done) {
-    tiles_of<V, 1>(rows, [&](int64_t row, auto count) {
+    tiles_of<V::tile_rows, 1>(rows, [&](int64_t row, auto count) {
         constexpr int R = decltype(count)::value, C = tile_columns<V, R>;
         for (int64_t t = 0; t < kv_page; t += C * V::lanes)
             score_tile<V, Bits, R, C>(words + t, high + t, pairs, x + row * x_row, x_row, ahead,
@@ -229,7 +238,7 @@ inline void output_products(const uint32_t* words, int64_t columns, const uint32
                             const int32_t* start, int64_t rows, KvAhead& ahead, F&& done) {
     constexpr int each = kv_codes_of_byte(Bits), halves = kv_paired<Bits>;
     const int64_t half = columns / halves;
-    tiles_of<V, 2>(rows, [&](int64_t row, auto count) {
+    tiles_of<V::tile_rows, 2>(rows, [&](int64_t row, auto count) {
         constexpr int R = decltype(count)::value, C = tile_columns<V, R>, Q = each < C ? each : C, W = C / Q;
         repeat<halves>([&](auto odd) {
             const auto tile = [&](int64_t column, auto w, auto first) {

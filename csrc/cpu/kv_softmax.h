@@ -7,6 +7,7 @@
 
 #include "float_lanes.h"
 #include "kv_attention.h"
+#include "kv_products.h"
 
 namespace bitpalette {
 namespace {
@@ -68,10 +69,9 @@ inline void clear_partial(int64_t rows, const KvPartial& to) {
     }
 }
 
-// chance = e^(score - most) with the new `most`; returns the factor of what came before. Scores outside of the range,
-// which is not empty, are lost.
+// Softcap, and minus infinity outside of the range; returns the largest of `most` and all scores, lane by lane.
 template <class V>
-inline float softmax_block(float* score, KvRange range, float softcap, float* chance, float* most, float* weight) {
+inline typename V::Floats limit_scores(float* score, KvRange range, float softcap, float most) {
     if (softcap > 0)
         for (int64_t t = 0; t < kv_page; t += V::lanes) {
             // tanh x = 1 - 2 / (e^2x + 1)
@@ -83,9 +83,17 @@ inline float softmax_block(float* score, KvRange range, float softcap, float* ch
         score[t] = -__builtin_inff();
     for (int64_t t = range.to; t < kv_page; ++t)
         score[t] = -__builtin_inff();
-    typename V::Floats largest = V::all(*most);
+    typename V::Floats largest = V::all(most);
     for (int64_t t = 0; t < kv_page; t += V::lanes)
         largest = V::maximum(largest, V::load(score + t));
+    return largest;
+}
+
+// chance = e^(score - most) with the new `most`; returns the factor of what came before. Scores outside of the range,
+// which is not empty, are lost.
+template <class V>
+inline float softmax_block(float* score, KvRange range, float softcap, float* chance, float* most, float* weight) {
+    const typename V::Floats largest = limit_scores<V>(score, range, softcap, *most);
     const float now = V::largest(largest);
     alignas(64) float keep[V::lanes];
     V::store(keep, exponential<V>(V::all(*most - now)));
@@ -123,32 +131,56 @@ inline void dense_scores(const float* q, int64_t q_row, const T* keys, int64_t s
     }
 }
 
-// sums [R, width] = sums * keep + chances [R, 64] values, for tokens from..to-1
-template <class V, class T, int R>
-inline void dense_values(const float* chance, const float* keep, const T* values, int64_t stride, int64_t width,
-                         int64_t from, int64_t to, float* sums) {
-    for (int64_t i = 0; i < width; i += V::lanes) {
-        const bool whole = i + V::lanes <= width;
-        const int n = whole ? V::lanes : static_cast<int>(width - i);
-        typename V::Floats sum[R];
+// sums [R, width] = sums * keep + chances [R, 64] values, for tokens from..to-1 and `n` columns, C registers
+template <class V, class T, int R, int C>
+inline void dense_columns(const float* chance, const float* keep, const T* values, int64_t stride, int64_t width,
+                          int64_t from, int64_t to, int n, float* sums) {
+    const bool whole = n >= C * V::lanes;
+    typename V::Floats sum[R][C];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-            sum[r] =
-                V::multiply(whole ? V::load(sums + r * width + i) : V::load(sums + r * width + i, n), V::all(keep[r]));
-        for (int64_t t = from; t < to; ++t) {
-            const T* at = values + t * stride + i;
-            const auto value = whole ? V::load(at) : V::load(at, n);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r)
-                sum[r] = V::multiply_add(V::all(chance[r * kv_page + t]), value, sum[r]);
+        for (int c = 0; c < C; ++c) {
+            const float* at = sums + r * width + c * V::lanes;
+            sum[r][c] = V::multiply(whole ? V::load(at) : V::load(at, n), V::all(keep[r]));
+        }
+    for (int64_t t = from; t < to; ++t) {
+        typename V::Floats value[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            const T* at = values + t * stride + c * V::lanes;
+            value[c] = whole ? V::load(at) : V::load(at, n);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            if (whole)
-                V::store(sums + r * width + i, sum[r]);
-            else
-                V::store(sums + r * width + i, sum[r], n);
+            const auto weight = V::all(chance[r * kv_page + t]);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c)
+                sum[r][c] = V::multiply_add(weight, value[c], sum[r][c]);
         }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            float* at = sums + r * width + c * V::lanes;
+            if (whole)
+                V::store(at, sum[r][c]);
+            else
+                V::store(at, sum[r][c], n);
+        }
+}
+
+template <class V, class T, int R>
+inline void dense_values(const float* chance, const float* keep, const T* values, int64_t stride, int64_t width,
+                         int64_t from, int64_t to, float* sums) {
+    constexpr int C = V::registers >= 32 ? 4 : 2; // an addition takes four steps: one register of sums would wait
+    int64_t i = 0;
+    for (; i + C * V::lanes <= width; i += C * V::lanes)
+        dense_columns<V, T, R, C>(chance, keep, values + i, stride, width, from, to, C * V::lanes, sums + i);
+    for (; i < width; i += V::lanes) {
+        const int n = width - i < V::lanes ? static_cast<int>(width - i) : V::lanes;
+        dense_columns<V, T, R, 1>(chance, keep, values + i, stride, width, from, to, n, sums + i);
     }
 }
 
@@ -167,15 +199,12 @@ inline void dense_tokens(const KvAttentionCall& c, const KvQueries& q, const KvS
                         kv_head * dense.key_head;
         const T* values = static_cast<const T*>(dense.values) + row * dense.value_batch + slot * dense.value_token +
                           kv_head * dense.value_head;
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4)
-            dense_scores<V, T, 4>(q.values + r * q.value_row, q.value_row, keys, dense.key_token, c.head_dim, n,
-                                  c.scale, chances + r * kv_page);
-        for (; r < rows; ++r)
-            dense_scores<V, T, 1>(q.values + r * q.value_row, q.value_row, keys, dense.key_token, c.head_dim, n,
-                                  c.scale, chances + r * kv_page);
+        tiles_of<4, 1>(rows, [&](int64_t r, auto count) {
+            dense_scores<V, T, decltype(count)::value>(q.values + r * q.value_row, q.value_row, keys, dense.key_token,
+                                                       c.head_dim, n, c.scale, chances + r * kv_page);
+        });
         int64_t from = n, last = 0; // that any query sees
-        for (r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < rows; ++r) {
             float* of_row = chances + r * kv_page;
             for (int64_t t = n; t < kv_page; ++t)
                 of_row[t] = 0; // softcap reads them
@@ -192,12 +221,10 @@ inline void dense_tokens(const KvAttentionCall& c, const KvQueries& q, const KvS
         }
         if (from >= last)
             continue;
-        for (r = 0; r + 4 <= rows; r += 4)
-            dense_values<V, T, 4>(chances + r * kv_page, keep + r, values, dense.value_token, width, from, last,
-                                  to.sums + r * width);
-        for (; r < rows; ++r)
-            dense_values<V, T, 1>(chances + r * kv_page, keep + r, values, dense.value_token, width, from, last,
-                                  to.sums + r * width);
+        tiles_of<4, 1>(rows, [&](int64_t r, auto count) {
+            dense_values<V, T, decltype(count)::value>(chances + r * kv_page, keep + r, values, dense.value_token,
+                                                       width, from, last, to.sums + r * width);
+        });
     }
 }
 

@@ -45,8 +45,8 @@ def visible(position, token, there, sliding_window):
 
 @triton.jit
 def weights(score, most):
-    """(exp2(score - reference) [M, T], decay of what was there [M], reference [M]), which is the larger of `most` and of
-    the scores less the headroom. A score of what is not seen is -infinity."""
+    """(exp2(score - reference) [M, T], decay of what was there [M], reference [M]): the larger of `most` and of the
+    scores less the headroom. A score of what is not seen is -infinity."""
     larger = tl.maximum(most, tl.max(score, 1) - _HEADROOM)
     floor = tl.where(larger == float("-inf"), 0.0, larger)  # nothing seen yet: exp2(-inf - 0) = 0
     return tl.exp2(score - floor[:, None]), tl.exp2(most - floor), larger
@@ -74,9 +74,9 @@ def add_products(out0, out1, out2, out3, keep, weight, words, more, BITS: tl.con
 
 @triton.jit
 def attend_pages(
-    q, unit, position, k_codes, k_high, k_gain, v_codes, v_gain, table, first, last, kv_heads, head,
-    before, stored, low, sliding_window, softcap, D: tl.constexpr, DV: tl.constexpr, BITS_K: tl.constexpr,
-    BITS_V: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDTH_V: tl.constexpr, STAGES: tl.constexpr,
+    q, unit, position, k_codes, k_high, k_gain, v_codes, v_gain, table, first, last, kv_heads, head, before, stored,
+    low, sliding_window, softcap, D: tl.constexpr, DV: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, WIDTH_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(most [M], sum [M], out [M, WIDTH_V]) over pages table[first:last] of one row and kv head.
 
@@ -191,9 +191,9 @@ def tokens_of(lengths, row, slots):
 
 @triton.jit
 def attention_kernel(
-    q, k_codes, k_high, k_gain, v_codes, v_gain, table, page_lengths, sink_k, sink_v,
-    sink_lengths, sink_first, window_k, window_v, window_lengths, window_first, fresh_k, fresh_v, fresh_lengths, fresh_first, start, out, most, sum,
-    kv_heads, rows, tokens, table_row, sink_slots, sink_k_row, sink_k_token, sink_k_head, sink_v_row, sink_v_token,
+    q, k_codes, k_high, k_gain, v_codes, v_gain, table, page_lengths, sink_k, sink_v, sink_lengths, sink_first,
+    window_k, window_v, window_lengths, window_first, fresh_k, fresh_v, fresh_lengths, fresh_first, start, out, most,
+    sum, kv_heads, rows, tokens, table_row, sink_slots, sink_k_row, sink_k_token, sink_k_head, sink_v_row, sink_v_token,
     sink_v_head, window_slots, window_k_row, window_k_token, window_k_head, window_v_row, window_v_token, window_v_head,
     fresh_slots, fresh_k_row, fresh_k_token, fresh_k_head, fresh_v_row, fresh_v_token, fresh_v_head, scale, softcap,
     sliding_window, D: tl.constexpr, DV: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
@@ -235,10 +235,12 @@ def attention_kernel(
     if split < splits - 1:
         low_page = tl.maximum(low - sinks, 0) // PAGE
         pages = tl.maximum((stored + PAGE - 1) // PAGE - low_page, 0)
+        first = low_page + pages * split // (splits - 1)
+        last = low_page + pages * (split + 1) // (splits - 1)
         m_most, m_sum, m_out = attend_pages(
             x.to(tl.float16), unit, position, k_codes, k_high, k_gain, v_codes, v_gain,
-            table + b.to(tl.int64) * table_row, low_page + pages * split // (splits - 1), low_page + pages * (split + 1) // (splits - 1), kv_heads, head,
-            sinks, stored, low, sliding_window, softcap, D, DV, BITS_K, BITS_V, HAS_SOFTCAP, WIDTH_V, STAGES,
+            table + b.to(tl.int64) * table_row, first, last, kv_heads, head, sinks, stored, low, sliding_window,
+            softcap, D, DV, BITS_K, BITS_V, HAS_SOFTCAP, WIDTH_V, STAGES,
         )  # fmt: skip
     else:
         m_most = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)

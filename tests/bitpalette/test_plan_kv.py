@@ -23,6 +23,9 @@ from bitpalette.kv_planning import KVBudget, KVPlanner, KVText, spearman
 from bitpalette.kv_use import plan_of
 from bitpalette.quant.kv_format import KVError
 
+PROSE = " ".join(
+    f"{n} times {n + 1} is {n * (n + 1)}, and {n} less {7 * n % 11} is {n - 7 * n % 11}." for n in range(200)
+)
 SMALL = ("--tokens", "400", "--lengths", "168,200", "--window", "8", "--mixes", "3", "--kl-tokens", "200")
 SIZES: dict[str, Any] = {
     "vocab_size": 110,
@@ -43,6 +46,7 @@ def model(tmp_path: Path, checkpoint: Callable[..., Path]) -> Path:
     folder = checkpoint("llama")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=0)).save_pretrained(folder)
+    (tmp_path / "prose.txt").write_text(PROSE)
     return folder
 
 
@@ -63,7 +67,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def test_a_plan_for_a_packed_checkpoint(model: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     out = model.parent / "packed"
     assert call("run", model, out, "--group-size", "16", "--solver", "rtn")[0] == 0
-    code, shown, err = call("plan-kv", out, *SMALL, "--bits", "4.6", "--json")
+    code, shown, err = call("plan-kv", out, *SMALL, "--text", model.parent / "prose.txt", "--bits", "4.6", "--json")
     assert code == 0, err
     told = json.loads(shown)
     assert told["out"] == str(out / KV_PLAN_NAME)
@@ -74,7 +78,7 @@ def test_a_plan_for_a_packed_checkpoint(model: Path, call: Callable[..., tuple[i
     assert stored is not None and stored.calibration is not None
     found = stored.calibration
     assert found.lengths == [168, 200] and found.tokens == 368 and len(found.mixes) == 3
-    assert found.text_name == "builtin" and found.model == open_source(str(out)).fingerprint()
+    assert found.text_name == "prose.txt" and found.model == open_source(str(out)).fingerprint()
     assert {n: t.shape for n, t in stored.plan.means.items()} == dict.fromkeys(range(3), (2, 16))
     for layer in found.layers.values():
         assert set(layer.errors) == {168, 200} and len(layer.errors[200]) == 24
@@ -86,7 +90,9 @@ def test_a_plan_for_a_packed_checkpoint(model: Path, call: Callable[..., tuple[i
     assert call("verify", out)[0] == 0
 
     # other budgets are solved from what was measured
-    code, shown, err = call("plan-kv", out, *SMALL, "--bytes", "120kB", "--context", "1000")
+    code, shown, err = call(
+        "plan-kv", out, *SMALL, "--text", model.parent / "prose.txt", "--bytes", "120kB", "--context", "1000"
+    )
     assert code == 0 and "measured before on this model and text" in err
     assert "K bits" in shown and "for this context" in shown
     solved = read_kv_plan(out)
@@ -102,7 +108,9 @@ def test_a_plan_for_a_packed_checkpoint(model: Path, call: Callable[..., tuple[i
 def test_a_plan_for_a_plain_model(model: Path, call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     before = {p.name: p.read_bytes() for p in model.iterdir()}
     place = tmp_path / "plans" / "mine.safetensors"
-    code, shown, err = call("plan-kv", model, *SMALL, "--bits", "5", "--out", place, "--sinks", "2")
+    code, shown, err = call(
+        "plan-kv", model, *SMALL, "--text", model.parent / "prose.txt", "--bits", "5", "--out", place, "--sinks", "2"
+    )
     assert code == 0, err
     for part in (
         "layer",
@@ -145,14 +153,27 @@ def test_refusals(
 ) -> None:
     before = sorted(model.parent.rglob("*"))
     out = ("--out", model.parent) if arguments else ()
-    code, shown, err = call("plan-kv", model, *arguments, *out)
+    text = () if "--text" in arguments else ("--text", model.parent / "prose.txt", "--tokens", "2000")
+    code, shown, err = call("plan-kv", model, *arguments, *text, *out)
     assert code == 2 and shown == ""
     assert err.count("\n") == 1 and message in err
     assert sorted(model.parent.rglob("*")) == before
 
 
 def test_a_budget_that_no_plan_meets(model: Path, call: Callable[..., tuple[int, str, str]]) -> None:
-    code, _, err = call("plan-kv", model, *SMALL, "--bits", "2.5", "--out", model.parent / "p", "--mixes", "0")
+    code, _, err = call(
+        "plan-kv",
+        model,
+        *SMALL,
+        "--text",
+        model.parent / "prose.txt",
+        "--bits",
+        "2.5",
+        "--out",
+        model.parent / "p",
+        "--mixes",
+        "0",
+    )
     assert code == 2 and "no plan has 2.5 bits an element; the smallest has 3.000" in err
     assert not (model.parent / "p" / KV_PLAN_NAME).exists()
 

@@ -20,6 +20,7 @@ from bitpalette.calibrate import stream as streaming
 from bitpalette.calibrate.collect import Moment, collecting, expert_stats, finished
 from bitpalette.calibrate.compile import REPORT, Compilation
 from bitpalette.calibrate.device import choose_device
+from bitpalette.calibrate.expect import expected_seconds
 from bitpalette.calibrate.journal import Journal
 from bitpalette.calibrate.plan import PlanError
 from bitpalette.calibrate.structure import quantizable
@@ -100,6 +101,31 @@ def test_a_run_on_a_gpu(
     assert not gpu.unplaced, f"these factories name no device: {sorted(gpu.unplaced)}"
     report = json.loads((model.parent / "gpu" / REPORT).read_text())
     assert report["job"]["device"] == "cuda"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            {"bits": 3, "solver": "rtn", "effort": "best", "codec": "int", "sequences": 6}, marks=pytest.mark.slow
+        ),
+        {"preset": "squeezellm", "group_size": None, "sequences": 2},
+        {"solver": "rtn", "text": "self", "sequences": 2},
+    ],
+    ids=str,
+)
+def test_factories_where_gradients_are(
+    options: dict[str, Any], checkpoint: Callable[..., Path], compilation: Make, pretended: Any
+) -> None:
+    """On the CPU: gradients cannot be pretended. And how long it will take."""
+    if not available_isas():
+        pytest.skip("the CPU extension is not built")
+    model = checkpoint("llama")
+    with pretended.PretendGpu(*FOLDERS) as mode:
+        run = compilation(model, model.parent / "out", **options)
+        assert expected_seconds(run) > 0
+        run.run()
+    assert not mode.unplaced, f"these factories name no device: {sorted(mode.unplaced)}"
 
 
 @pytest.mark.slow

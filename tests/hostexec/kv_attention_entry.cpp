@@ -11,8 +11,9 @@ bitpalette::KvRotation rotation_of(const float* matrix, int64_t width) {
     return {matrix, static_cast<int>(width / whole), log2, static_cast<float>(1 / std::sqrt(double(whole)))};
 }
 
-// numbers: bits_k, bits_v, table_row, then of each of three pieces: slots and six strides, dense_dtype, batch, kv_heads,
-// group, tokens, head_dim, head_dim_v, sliding_window, q_dtype, out_dtype, rotate, splits, dense_splits, shared_limit
+// numbers: bits_k, bits_v, table_row, then of each of three pieces: slots and six strides, dense_dtype, batch,
+// kv_heads, group, tokens, head_dim, head_dim_v, sliding_window, q_dtype, out_dtype, rotate, splits, dense_splits,
+// shared_limit
 bitpalette::KvAttentionArgs args_of(const int64_t* n) {
     bitpalette::KvAttentionArgs args{};
     const auto next = [&] { return static_cast<int>(*n++); };
@@ -21,8 +22,7 @@ bitpalette::KvAttentionArgs args_of(const int64_t* n) {
     args.table_row = next();
     for (auto& d : args.dense) {
         d.slots = next();
-        for (int64_t* stride :
-             {&d.key_batch, &d.key_token, &d.key_head, &d.value_batch, &d.value_token, &d.value_head})
+        for (int64_t* stride : {&d.key_batch, &d.key_token, &d.key_head, &d.value_batch, &d.value_token, &d.value_head})
             *stride = next();
     }
     args.dense_dtype = static_cast<bitpalette::Dtype>(next());

@@ -45,7 +45,7 @@ SCHEMES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def twin(hostexec: Any) -> Any:
     """bitpalette._cuda, its device the host executor."""
-    sources = [ROOT / "csrc/bind/cuda_module.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    sources = [*sorted((ROOT / "csrc/bind").glob("cuda_*.cpp")), *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     path = hostexec.build_path(sources, "plain", includes=includes)
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))

@@ -156,6 +156,19 @@ def test_threads_do_not_change_a_bit(isa: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_scores_a_thousand_apart(isa: str, bits: int) -> None:
+    """Chances from 1 down to where float32 ends: one token has nearly all of a query's weight, in any page."""
+    g = torch.Generator().manual_seed(bits)
+    k, v = torch.randn(2, 333, 2, 96, generator=g)
+    pages, k64, v64 = packed(k, v, bits, bits, g)
+    q = torch.randn(1, 6, 1, 96, generator=g)
+    for scale in (0.1, 1.0, 30.0):
+        out = KVCpu(isa).attend(q, pages, scale=scale, exact=True)
+        assert (error(out, dense_attention(q, k64, v64, scale)) <= 1e-3).all(), scale
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_queries_and_outputs(isa: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(7)

@@ -33,9 +33,17 @@ def test_no_kernel_is_no_success(tmp_path: Path) -> None:
     assert result.returncode == 1 and "no kernel's name holds 'no such kernel'" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["kv attention k4v2 D=128 rows=4 bf16", "kv append 3 bits D=80", "kv rotate D=128"])
+def test_one_kernel_of_the_kv_cache(name: str, tmp_path: Path) -> None:
+    result = static_triton(tmp_path, "--arch", "80", "--match", name)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"sm_80  {name}" in result.stdout and ("HMMA=" in result.stdout) == ("attention" in name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_every_kernel(arch: str, tmp_path: Path) -> None:
     result = static_triton(tmp_path, "--arch", arch, "--quick")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(f"sm_{arch}  linear ") >= 20
+    assert result.stdout.count(f"sm_{arch}  kv attention ") >= 20
