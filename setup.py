@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 ROOT = Path(__file__).resolve().parent
-JOBS = 2
+JOBS = max(2, min(os.cpu_count() or 2, 8))  # compilers at a time: one of nvcc's takes up to 2 GB
 
 X86_64 = ("x86_64", "AMD64")
 AARCH64 = ("aarch64", "arm64")

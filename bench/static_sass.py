@@ -127,15 +127,20 @@ def _width(opcode: str) -> int:
     return 32
 
 
-def hot_loop(code: Sequence[Instruction]) -> Loop | None:
+def hot_loop(code: Sequence[Instruction], matrix: int = 0) -> Loop | None:
     """The loop where a kernel spends its time, None for a kernel without loops.
 
     That is the smallest one with all matrix instructions that are in loops; without matrix instructions, all dot
-    products of bytes; without either, the largest loop that has no other inside.
+    products of bytes; without either, the largest loop that has no other inside. matrix: the smallest loop with so many
+    matrix instructions at least, where a kernel has several loops with some.
     """
     stretches = loops(code)
     if not stretches:
         return None
+    if matrix:
+        number = {s: sum(i.name in MATRIX for i in code[s[0] : s[1] + 1]) for s in stretches}
+        enough = [s for s in stretches if number[s] >= matrix]
+        return _loop(code, stretches, min(enough, key=_length)) if enough else None
     for wanted in (MATRIX, DOT):
         number = {s: sum(i.name in wanted for i in code[s[0] : s[1] + 1]) for s in stretches}
         if most := max(number.values()):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from static_triton_kv import kv_cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -61,7 +62,8 @@ FORMATS = [
 class Case:
     """One kernel to compile. types: {argument: "*fp16", "i32", ...}; an argument in neither dict is None.
 
-    weights: decoded by a thread in a step of the main loop; 0 where there is no such loop.
+    weights: decoded by a thread in a step of the main loop; 0 where there is no such loop. unaligned: numbers that are
+    no multiples of 16.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Case:
     fusion: bool = True
     matrix: bool = True
     weights: float = 0
+    unaligned: tuple[str, ...] = ("M", "COUNT", "LINES")
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def cases(arch: int) -> Iterator[Case]:
             yield _linear_int8(form, tokens, arch)
         yield _sum_int8(form)
     yield from _activations()
+    for arguments in kv_cases(PROCESSORS[arch]):
+        yield Case(**arguments)
 
 
 def _progressive() -> list[TileFormat]:
@@ -249,11 +254,11 @@ def _activations() -> Iterator[Case]:
 
 
 def compile_case(case: Case, arch: int) -> Report:
-    """Compile for sm_<arch>; pointers and sizes, but the number of tokens, are multiples of 16 as they mostly are."""
+    """Compile for sm_<arch>; pointers and sizes, but those of `unaligned`, are multiples of 16 as they mostly are."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     constants = {name: case.constants.get(name) for name in names if name not in case.types}
-    aligned = [i for i, name in enumerate(names) if name in case.types and name not in ("M", "COUNT", "LINES")]
+    aligned = [i for i, name in enumerate(names) if name in case.types and name not in case.unaligned]
     source = ASTSource(case.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": case.fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

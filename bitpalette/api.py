@@ -111,8 +111,8 @@ def quantize_model(model: Any, plan: Plan | dict, *, tokens: Tensor | None = Non
     """Replace, in place, the layers of a transformers model in memory as `plan` says; returns the model.
 
     tokens: int64 [sequences, length], for solvers that need statistics; they are taken from the unquantized model in
-    one pass. For checkpoints larger than memory there is `compile_checkpoint`, which also folds and tunes: PlanError
-    where the plan asks for that, or cannot be followed.
+    one pass, where it is: on a GPU, layers are quantized there. For checkpoints larger than memory there is
+    `compile_checkpoint`, which also folds and tunes: PlanError where the plan asks for that, or cannot be followed.
     """
     from .calibrate.structure import decoder_blocks
     from .hf import replace_modules
@@ -132,6 +132,7 @@ def quantize_model(model: Any, plan: Plan | dict, *, tokens: Tensor | None = Non
     if calibrated:
         if tokens is None:
             raise PlanError(f"solver {plan.solver} needs calibration tokens (tokens=)")
+        tokens = tokens.to(model.device)
         if by_fisher:
             fisher = fisher_diagonal(model, by_fisher, tokens, plan.seed)
         with collecting(model, calibrated) as moments, torch.no_grad():
@@ -165,12 +166,14 @@ def compile_checkpoint(
     work: str | Path | None = None,
     stats: str | Path | None = None,
     tune_seconds: float | None = None,
+    device: str | torch.device = "cpu",
     events: Events | None = None,
 ) -> list[Record]:
     """Quantize a checkpoint into the folder `out`, a block at a time; what `quantize run` does.
 
-    model: a transformers folder, a .gguf file, a hub id, or an opened source. Interrupted, the same call goes on where
-    it stopped. Returns a record for each quantized weight. Raises FormatError, PlanError, CalibrationError.
+    model: a transformers folder, a .gguf file, a hub id, or an opened source. device: "cpu", "cuda" or "cuda:N", where
+    blocks are brought one at a time, calibrated and quantized. Interrupted, the same call goes on where it stopped.
+    Returns a record for each quantized weight. Raises FormatError, PlanError, CalibrationError.
     """
     compilation = prepare_compilation(
         model,
@@ -182,6 +185,7 @@ def compile_checkpoint(
         work=work,
         stats=stats,
         tune_seconds=tune_seconds,
+        device=device,
         events=events,
     )
     return compilation.run()
@@ -198,6 +202,7 @@ def prepare_compilation(
     work: str | Path | None = None,
     stats: str | Path | None = None,
     tune_seconds: float | None = None,
+    device: str | torch.device = "cpu",
     events: Events | None = None,
 ) -> Compilation:
     """As `compile_checkpoint`, all checks done and nothing written yet: `.sizes()` tells what `.run()` will write."""
@@ -212,6 +217,7 @@ def prepare_compilation(
         work=None if work is None else Path(work),
         stats=None if stats is None else Path(stats),
         tune_seconds=tune_seconds,
+        device=device,
         version=__version__,
         events=events,
     )

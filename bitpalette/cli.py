@@ -21,6 +21,7 @@ INTERRUPTED = 130
 
 def main() -> int:
     """Entry point: exit code 0 only where all that was asked for was done."""
+    import torch
     from rich.console import Console
     from rich.text import Text
 
@@ -38,6 +39,9 @@ def main() -> int:
         message = f"{error.format_message()} (see {command} --help)"
     except (FormatError, PlanError, CalibrationError, SchemeError, NativeError, KVError) as error:
         message = str(error)
+    except torch.OutOfMemoryError as error:
+        needed = str(error).partition(" GPU ")[0]  # what follows counts torch's own memory over several sentences
+        message = f"{needed} Use a GPU with more memory, or the CPU"
     else:
         if code == INTERRUPTED:
             resumes = "; the same command goes on where it stopped" if sys.argv[1:2] == ["run"] else ""

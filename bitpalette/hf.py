@@ -186,9 +186,10 @@ def attach(model: Any, native: NativeConfig) -> None:
 def prepare(model: nn.Module) -> None:
     """Choose the kernels and build their layouts now, for every packed module whose weights are present."""
     for module in model.modules():
-        if not isinstance(module, QuantModule) or getattr(module, "tied_to", None) is not None:
-            continue  # a tied head's weight is prepared by its embedding
-        if not offloads_buffers(module) and not any(buffer.is_meta for buffer in module.buffers()):
+        if not isinstance(module, QuantModule):
+            continue
+        holder = getattr(module, "tied_to", None) or module
+        if not offloads_buffers(holder) and not any(buffer.is_meta for buffer in holder.buffers()):
             module.prepare()
 
 

@@ -1,8 +1,10 @@
 """The attention implementation "bitpalette" of transformers: reads packed caches, and dense ones as `sdpa` does.
 
-transformers does not hand the cache to attention. What `bitpalette.kv_cache` returns as keys are the new tokens' own,
-with the cache layer behind an attribute. Masks stay two-dimensional, [batch, tokens], None where nothing is padding; a
-mask that is not causal with padding is built as for `sdpa`, and packed layers refuse it.
+transformers does not hand the cache to attention. What packed layers return as keys are the new tokens' own, with the
+layer behind an attribute. A mask that is causal but for padding stays uint8 [batch, 1, 1, tokens], 1 where a token is
+real, None where all are: uint8, because masks of transformers and of users are bool or float, and four dimensions,
+because models slice masks as [:, :, queries, :] (Gemma 4). Any other mask is built as for `sdpa`, and packed layers
+refuse it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,18 @@ from .quant.kv_format import KVError
 
 NAME = "bitpalette"
 HANDLE = "bitpalette_kv"
-"""Attribute of a key tensor: the tokens that a packed layer was just given (`kv_cache.Pending`)."""
+"""Attribute of a key tensor: the `Handle` of the tokens that a packed layer was just given."""
+
+FIXED = -1
+"""Place of the first key that a cache of fixed capacity tells transformers' masks of (`get_mask_sizes`): no token has
+it, so `causal_mask` knows that the mask is for packed pages and not for a `StaticCache`."""
+
+REFUSED = {
+    "position_bias": "a position bias",
+    "cu_seq_lens_q": "several sequences packed into a row (cu_seq_lens_q)",
+    "cu_seq_lens_k": "several sequences packed into a row (cu_seq_lens_k)",
+}
+"""Arguments of attention that packed layers have no answer to."""
 
 
 class Handle(Protocol):
@@ -36,7 +49,8 @@ class Handle(Protocol):
         sliding_window: int | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """[batch, n, heads, Dv] over what the layer holds and the n tokens of query [batch, heads, n, D]."""
+        """[batch, n, heads, Dv] over what the layer holds and its new tokens, of which query [batch, heads, n, D] are
+        the last n. mask: uint8 [batch, 1, 1, tokens], or None."""
 
 
 def attention_forward(
@@ -57,31 +71,64 @@ def attention_forward(
     if options.get("output_attentions"):
         raise KVError(f"attention {NAME!r} has no weights to return; use set_attn_implementation('eager') for them")
     if handle is None:
-        mask = attention_mask
-        if mask is not None and mask.ndim == 2:
-            mask = _causal(mask, query.shape[2], key.shape[2])
-        if softcap is None and s_aux is None:
-            options |= {"sliding_window": sliding_window}
-            return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
-        return _dense(query, key, value, mask, scaling, softcap, s_aux).transpose(1, 2).contiguous(), None
+        return _unpacked(
+            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, options
+        )
     if dropout:
         raise KVError(f"attention over a packed cache has no dropout ({dropout}); call model.eval()")
-    if options.get("position_bias") is not None:
-        raise KVError("attention over a packed cache has no position bias; use transformers' DynamicCache")
-    if attention_mask is not None and attention_mask.ndim != 2:
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        raise KVError("packed pages carry no gradients; use torch.no_grad(), or train with use_cache=False")
+    for name, what in REFUSED.items():
+        if options.get(name) is not None:
+            raise KVError(f"attention over a packed cache does not know {what}; use transformers' DynamicCache")
+    if attention_mask is not None and attention_mask.dtype != torch.uint8:
         raise KVError(
-            f"attention over a packed cache takes causal masks with left padding, not a mask of "
-            f"{list(attention_mask.shape)}; use transformers' DynamicCache"
+            f"attention over a packed cache takes causal masks with left padding, given as [batch, tokens], not "
+            f"{attention_mask.dtype} {list(attention_mask.shape)}; use transformers' DynamicCache"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = handle.attend(module, query, key, value, attention_mask, scale, softcap, sliding_window, s_aux)
-    return out, None
+    return handle.attend(module, query, key, value, attention_mask, scale, softcap, sliding_window, s_aux), None
 
 
-def _causal(padding: Tensor, n: int, length: int) -> Tensor:
-    """bool [batch, 1, n, length] of padding bool [batch, length]: the last n tokens are those of the queries."""
+def _unpacked(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Keys and values that no packed layer holds, as `sdpa` does it, or as `eager` where `sdpa` cannot."""
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    n, length = query.shape[2], key.shape[2]
+    if mask is not None and mask.dtype == torch.uint8:
+        mask = nn.functional.pad(mask, (0, length - mask.shape[-1]))  # a mask too short: what it does not tell is none
+        mask = _causal(mask, n) if causal else mask.bool()
+    elif mask is None and causal and 1 < n < length:  # `sdpa` would count the queries from the first key
+        mask = _causal(torch.ones(1, 1, 1, length, dtype=torch.uint8, device=query.device), n)
+    if softcap is None and sink_logits is None:
+        options = options | {"sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+    if options.get("position_bias") is not None:
+        raise KVError(f"attention {NAME!r} has no position bias beside a softcap or logits of sinks; use 'eager'")
+    if dropout:
+        raise KVError(f"attention {NAME!r} has no dropout beside a softcap or logits of sinks; use 'eager'")
+    if mask is None and causal and n > 1:
+        mask = _causal(torch.ones(1, 1, 1, length, dtype=torch.uint8, device=query.device), n)
+    return _dense(query, key, value, mask, scaling, softcap, sink_logits).transpose(1, 2).contiguous(), None
+
+
+def _causal(padding: Tensor, n: int) -> Tensor:
+    """bool [batch, 1, n, length] of padding uint8 [batch, 1, 1, length]: the last n tokens are those of the queries."""
+    length = padding.shape[-1]
     place = torch.arange(length, device=padding.device)
-    return (place <= place[length - n :, None]) & padding[:, None, None, :length]
+    return (place <= place[length - n :, None]) & padding.bool()
 
 
 def _dense(
@@ -94,14 +141,14 @@ def _dense(
     sink_logits: Tensor | None,
 ) -> Tensor:
     """[batch, heads, n, Dv] with what `sdpa` has not: soft caps (Gemma 2) and logits of sinks (gpt-oss)."""
-    n, length, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     score = (query @ repeat_kv(key, groups).mT).float() * scale
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
-    if mask is None:
-        mask = _causal(torch.ones(1, length, dtype=torch.bool, device=query.device), n, length)
-    score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
+    if mask is not None:
+        least = torch.finfo(score.dtype).min
+        score = score.masked_fill(~mask, least) if mask.dtype == torch.bool else score + mask
     if sink_logits is not None:
         column = sink_logits.float().view(1, -1, 1, 1).expand(*score.shape[:3], 1)
         weight = torch.cat((score, column), -1).softmax(-1)[..., :-1]
@@ -114,20 +161,27 @@ def causal_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """bool [batch, kv_length], True where a token is real, or None where all are; see the head of this file."""
+    """uint8 [batch, 1, 1, kv_length], or None where nothing is padding; see the head of this file."""
+    fixed = kv_offset == FIXED
+    kv_offset = 0 if fixed else kv_offset
     growing = isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
-    if mask_function is not causal_mask_function or not growing:
+    growing &= options.get("allow_is_causal_skip", True)
+    if mask_function is not causal_mask_function or not (fixed or growing):
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
-    if attention_mask is None or attention_mask.shape[1] < kv_length:
-        return None if attention_mask is None else attention_mask
-    real = attention_mask[:, :kv_length].bool()
-    return None if bool(real.all()) else real
+    if attention_mask is None:
+        return None
+    real = attention_mask[:, :kv_length].to(torch.uint8)
+    if fixed:  # what is padding stands in data that only the device knows
+        real = nn.functional.pad(real, (0, kv_length - real.shape[1]))
+    elif bool(real.all()) and real.shape[1] == kv_length:
+        return None
+    return real[:, None, None]
 
 
 def register() -> None:

@@ -3,264 +3,35 @@
     model.set_attn_implementation("bitpalette")
     model.generate(**inputs, past_key_values=QuantizedCache(model.config, "k4v4"))
 
-Layers that attend to all tokens are packed (`kernels/kv_rows.py`); layers with a sliding window keep the window in 16
-bits, and layers without keys keep what transformers gives them. Within one forward the new tokens are seen in 16 bits;
-each is quantized once, when it leaves the window. Attention reads the pages; nothing is decoded as a whole.
+Layers that attend to all tokens are packed; layers with a sliding window keep the window in 16 bits, and layers without
+keys keep what transformers gives them. Within one forward the new tokens are seen in 16 bits; each is quantized once,
+when it leaves the window. Attention reads the pages; nothing is decoded as a whole. `static=True`: tensors of fixed
+size, for torch.compile and CUDA graphs.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     Cache,
-    CacheLayerMixin,
     get_layer_types_and_kwargs,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import kv_attention
-from .kernels.kv_kernel import KVKernel, attention, choose
-from .kernels.kv_rows import KVRows
+from .kv_layer import PackedLayer
+from .kv_static_layer import StaticPackedLayer
 from .quant.kv_format import KVError, KVFormat
 from .quant.kv_plan import KVPlan
 
 PACKED = "full_attention"
 DENSE = ("sliding_attention", "chunked_attention", "linear_attention", "conv", "dummy")
 """Layer types that are bounded in memory, or hold nothing: as transformers makes them."""
-
-KEPT = 64
-"""New tokens up to which a forward's keys stay beside the pages until the next one, so that `crop` takes them back
-without a trace: longer than any speculation. More of them (a prompt) are packed at once."""
-
-ROLLBACK = 64
-"""Tokens of the ring behind the window once transformers announces rollbacks over several forwards."""
-
-
-class Pending:
-    """The tokens of one forward: given to the layer, read by attention, not appended yet."""
-
-    def __init__(self, layer: PackedLayer, k: Tensor, v: Tensor) -> None:
-        self.layer, self.k, self.v = layer, k, v
-        self.skip: NDArray[np.int64] | None = None  # known once attention has the mask
-        self.gone = False
-
-    @property
-    def tokens(self) -> int:
-        return self.k.shape[1]
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sliding_window: int | None,
-        sink_logits: Tensor | None,
-    ) -> Tensor:
-        layer = self.layer
-        if self.gone:
-            raise KVError(
-                f"layer {layer.index}: keys of an earlier forward, which are packed by now; this model shares keys in "
-                "a way its config does not tell; use transformers' DynamicCache"
-            )
-        if query.shape[2] != self.tokens:
-            raise KVError(
-                f"layer {layer.index}: {query.shape[2]} queries for {self.tokens} new tokens; use transformers' "
-                "DynamicCache"
-            )
-        rows = layer.rows
-        self.skip = skip = layer.padding(mask)
-        first = not rows.lengths.any() and not skip.any()
-        short = sliding_window is not None and self.tokens > sliding_window
-        if first and not short and softcap is None and sink_logits is None:  # nothing packed to read
-            out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
-        else:
-            new = (self.k, self.v)
-            found = attention(layer.kernel, query, rows, new, skip, scaling, softcap, sliding_window, sink_logits)
-            out = found.to(query.dtype).transpose(1, 2).contiguous()
-        if self.tokens > KEPT and not layer.shared:
-            layer.commit()
-        return out
-
-
-class PackedLayer(CacheLayerMixin):
-    """One layer that attends to all tokens. rows: None before the first token."""
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(self, index: int, form: KVFormat, mean: Tensor | None, config: Any, shared: bool) -> None:
-        super().__init__()
-        self.index, self.form, self.mean, self.config, self.shared = index, form, mean, config, shared
-        self.rollback = 0
-        self.reserved = 0
-        self._rows: KVRows | None = None
-        self.kernel: KVKernel | None = None
-        self.pending: Pending | None = None
-        self.length = 0  # tokens of the longest row, padding and pending ones included
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.form})"
-
-    @property
-    def rows(self) -> KVRows:
-        if self._rows is None:
-            raise KVError(f"layer {self.index} of the cache has no tokens yet")
-        return self._rows
-
-    @property
-    def nbytes(self) -> int:
-        pending = [] if self.pending is None else [self.pending.k, self.pending.v]
-        held = 0 if self._rows is None else self._rows.nbytes
-        return held + sum(t.numel() * t.element_size() for t in pending)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, kv_heads, _, width = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size = batch
-        width_v = value_states.shape[-1]
-        if not self.form.dense:
-            self.kernel = choose(self.form, width, width_v, self.device)
-        self._rows = KVRows(
-            self.form,
-            batch,
-            kv_heads,
-            width,
-            width_v,
-            self.dtype,
-            self.device,
-            self.mean,
-            self.rollback,
-            self.kernel,
-        )
-        self._rows.reserve(self.reserved)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are, with the layer behind the keys for `kv_attention`."""
-        if (name := getattr(self.config, "_attn_implementation", None)) != kv_attention.NAME:
-            raise KVError(
-                f"a packed cache is read by attention {kv_attention.NAME!r}, the model has {name!r}; "
-                f"call model.set_attn_implementation({kv_attention.NAME!r})"
-            )
-        self.commit()
-        if self._rows is None:
-            self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.rows.batch:
-            raise KVError(
-                f"layer {self.index} holds {self.rows.batch} rows, {key_states.shape[0]} came; use a new cache"
-            )
-        with torch.no_grad():
-            self.pending = Pending(self, *self.rows.stored(key_states, value_states))
-        self.length += self.pending.tokens
-        keys = key_states.view_as(key_states)
-        setattr(keys, kv_attention.HANDLE, self.pending)
-        return keys, value_states
-
-    def padding(self, mask: Tensor | None) -> NDArray[np.int64]:
-        """[batch]: how many of the pending tokens are padding. mask: bool [batch, length], None where none is."""
-        assert self.pending is not None
-        rows, past = self.rows, self.length - self.pending.tokens
-        start = np.zeros(rows.batch, np.int64)
-        if mask is not None:
-            real = mask.to("cpu", torch.bool).numpy()
-            start = real.shape[1] - real.sum(1)
-            if real.shape != (rows.batch, self.length) or (real != (np.arange(self.length) >= start[:, None])).any():
-                raise KVError(
-                    f"the attention mask {list(real.shape)} is not left padding of {rows.batch} rows of {self.length} "
-                    "tokens; pad on the left (tokenizer.padding_side = 'left'), or use transformers' DynamicCache"
-                )
-        if (rows.lengths != np.maximum(past - start, 0)).any():
-            raise KVError(
-                f"the cache holds {rows.lengths.tolist()} tokens, the attention mask tells of "
-                f"{np.maximum(past - start, 0).tolist()}; pass the attention mask of all tokens in every forward"
-            )
-        return np.clip(start - past, 0, self.pending.tokens)
-
-    def commit(self) -> None:
-        """Append what is pending."""
-        pending, self.pending = self.pending, None
-        if pending is None:
-            return
-        if pending.skip is None:
-            raise KVError(
-                f"layer {self.index}: the model's attention never read the cache; it does not use transformers' "
-                "AttentionInterface, or changes the keys on the way; use transformers' DynamicCache"
-            )
-        pending.gone = True
-        self.rows.append(pending.k, pending.v, pending.skip)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """tokens_to_remove: 0 or less, as for transformers' layers."""
-        tokens = -tokens_to_remove
-        if tokens < 0 or tokens > self.length:
-            raise KVError(f"crop({tokens_to_remove}) of {self.length} tokens; say minus the number of tokens to remove")
-        if tokens == 0 or self._rows is None:
-            return
-        pending = self.pending
-        if pending is not None and pending.skip is None:
-            self.commit()  # says what is wrong
-        self.length -= tokens
-        if pending is not None and pending.skip is not None:
-            left = max(pending.tokens - tokens, 0)
-            tokens -= pending.tokens - left
-            pending.k, pending.v = pending.k[:, :left].clone(), pending.v[:, :left].clone()
-            pending.skip = np.minimum(pending.skip, left)
-        self._rows.crop(tokens)
-
-    def activate_past_recording(self) -> None:
-        """transformers will take back tokens of several forwards: keep a longer ring."""
-        self.rollback = ROLLBACK
-        if self._rows is not None:
-            self._rows.grow_rollback(ROLLBACK)
-
-    def reset(self) -> None:
-        self._rows, self.pending, self.length, self.is_initialized = None, None, 0, False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self._rows is None:
-            return
-        self.commit()
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        self._rows.select(indices)
-        self.batch_size = self._rows.batch
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._rows is None:
-            return
-        self.commit()
-        self._rows.repeat(repeats)
-        self.batch_size = self._rows.batch
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def offload(self) -> None:
-        raise KVError("a packed cache is not offloaded; use fewer bits, or transformers' DynamicCache with offloading")
-
-    def prefetch(self) -> None:
-        self.offload()
 
 
 def _why_not(config: Any) -> str | None:
@@ -278,44 +49,100 @@ def _why_not(config: Any) -> str | None:
     return None
 
 
+def _readers(config: Any, types: list[str]) -> dict[int, int]:
+    """{layer with keys of its own: how many layers read them}. Where a model shares keys, a layer without reads those
+    of the last layer of its type that has some (Gemma 3n, Gemma 4)."""
+    kinds = getattr(config, "layer_types", None) or [PACKED] * len(types)
+    modes = getattr(config, "kv_sharing_modes", None) or [None] * len(types)
+    readers = {i: 1 for i, mode in enumerate(modes) if mode != "reuse"}
+    for i, mode in enumerate(modes):
+        if mode == "reuse":
+            readers[max(j for j in readers if modes[j] == "store" and kinds[j] == kinds[i])] += 1
+    return readers
+
+
 class QuantizedCache(Cache):
     """A cache for `generate(past_key_values=...)` and `model(past_key_values=...)`.
 
     config: of the model. plan: a `KVPlan`, one `KVFormat` for all layers, or its name ("k4v4"). tokens: pages for rows
-    of so many tokens are allocated at once; without it they come as they are needed. KVError where the model has
-    nothing to pack or layers that cannot be.
+    of so many tokens are allocated at once; without it they come as they are needed. static: all tensors have their
+    size from the first forward on, for `tokens` tokens a row, padding among them: for torch.compile and CUDA graphs.
+    offloading: the pages of a layer are on its GPU while it needs them and on the CPU otherwise, as in transformers'
+    own caches; offload_only_non_sliding: layers with a sliding window stay. KVError where the model has nothing to pack
+    or layers that cannot be.
     """
 
-    def __init__(self, config: Any, plan: KVPlan | KVFormat | str, tokens: int = 0) -> None:
+    def __init__(
+        self,
+        config: Any,
+        plan: KVPlan | KVFormat | str,
+        tokens: int = 0,
+        *,
+        static: bool = False,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
+    ) -> None:
         plan = KVPlan.of(plan)
         if reason := _why_not(config):
             raise KVError(f"{type(config).__name__}: {reason}; use transformers' DynamicCache")
+        if offloading and static:
+            raise KVError("a static cache is not offloaded: its tensors stay where they are; leave one of the two out")
+        if offloading and not torch.cuda.is_available():
+            raise KVError("offloading takes pages from a GPU to the CPU, and there is no GPU; leave offloading out")
+        if static and tokens < 1:
+            raise KVError(f"a static cache needs to know its most tokens a row, tokens={tokens}; say tokens=4096")
         decoder = config.get_text_config(decoder=True)
         types, options = get_layer_types_and_kwargs(decoder)
         packed = [i for i, kind in enumerate(types) if kind == PACKED]
         plan.check(packed)
-        shared = "dummy" in types
-        layers: list[Any] = [
-            PackedLayer(i, plan.format_of(i), plan.means.get(i), decoder, shared)
-            if kind == PACKED
-            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
-            for i, (kind, kwargs) in enumerate(zip(types, options, strict=True))
-        ]
-        super().__init__(layers=layers)
+        readers = _readers(decoder, types)
+        layers: list[Any] = []
+        for i, (kind, kwargs) in enumerate(zip(types, options, strict=True)):
+            form, mean = plan.format_of(i), plan.means.get(i)
+            if kind != PACKED:
+                layers.append(
+                    STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=tokens, **kwargs)
+                    if static
+                    else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+                )
+            elif static:
+                layers.append(StaticPackedLayer(i, form, mean, decoder, readers[i], tokens))
+            else:
+                layers.append(PackedLayer(i, form, mean, decoder, readers[i], plan.orders.get(i)))
+                layers[-1].reserved = tokens
+        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.plan = plan
-        for layer in self.packed:
-            layer.reserved = tokens
 
     @property
-    def packed(self) -> list[PackedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+    def packed(self) -> list[PackedLayer | StaticPackedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, (PackedLayer, StaticPackedLayer))]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, by packed layers and by dense ones."""
-        dense = [layer for layer in self.layers if not isinstance(layer, PackedLayer)]
+        """Bytes allocated, by packed layers and by dense ones. Pages that forks share are counted in each."""
+        dense = [layer for layer in self.layers if not isinstance(layer, (PackedLayer, StaticPackedLayer))]
         tensors = [t for layer in dense for t in vars(layer).values() if isinstance(t, Tensor)]
         return sum(layer.nbytes for layer in self.packed) + sum(t.numel() * t.element_size() for t in tensors)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers calls it; KVError where the attention of an earlier layer did not read its packed keys."""
+        for layer in self.layers[max(layer_idx - 1, 0) : layer_idx]:
+            if isinstance(layer, (PackedLayer, StaticPackedLayer)):
+                layer.check_read()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def fork(self) -> QuantizedCache:
+        """A cache with the same tokens to go on from, for several continuations of one prompt: pages are shared until
+        one of the two writes to them, so that it costs the window. `copy.deepcopy` shares nothing."""
+        if any(isinstance(layer, StaticPackedLayer) for layer in self.layers):
+            raise KVError("a static cache shares no pages; use copy.deepcopy")
+        other = copy.copy(self)
+        other.layers = [
+            layer.fork() if isinstance(layer, PackedLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return other
 
 
 kv_attention.register()

@@ -78,8 +78,9 @@ def _resolve(name: str, stored: StoredKVPlan | None, folder: str | Path | None, 
     if stored is None:
         return StoredKVPlan(KVPlan(KVFormat.parse(name)))
     exact = stored.plan.default
-    uniform = KVFormat.parse(name, sinks=exact.sinks, window=exact.window)
-    return StoredKVPlan(KVPlan(uniform, means=stored.plan.means), stored.calibration)
+    form = KVFormat.parse(name, sinks=exact.sinks, window=exact.window)
+    means = stored.plan.means if form.kind == "token" else {}
+    return StoredKVPlan(KVPlan(form, means=means), stored.calibration)
 
 
 def _bits(name: str, spec: str | None) -> float:

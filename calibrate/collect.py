@@ -18,15 +18,15 @@ PANEL = 256
 
 
 class Moment:
-    """Running sums over tokens of x x^T and |x|."""
+    """Running sums over tokens of x x^T and |x|, on one device."""
 
-    def __init__(self, features: int) -> None:
-        self.sum = torch.zeros(features, features)
-        self.abs = torch.zeros(features, dtype=torch.float64)
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.sum = torch.zeros(features, features, device=device)
+        self.abs = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """x: [..., features], any float dtype."""
+        """x: [..., features], any float dtype, on the moment's device."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         n = x.shape[1]
         for i in range(0, n, PANEL):
@@ -53,7 +53,7 @@ def collecting(model: nn.Module, weights: dict[str, Weight]) -> Iterator[dict[st
     """Hooks that gather, while the model's blocks run, a Moment for every weight: {parameter: Moment}.
 
     Weights whose layers are called with the very same tensor (q, k and v; gate and up) share one Moment. Fused experts
-    get a list, one Moment an expert, from the tokens routed to it.
+    get a list, one Moment an expert, from the tokens routed to it. Sums are taken where the inputs are.
     """
     moments: dict[str, Moment | list[Moment]] = {}
     recent: dict[str, Any] = {"input": None, "moment": None}
@@ -65,7 +65,7 @@ def collecting(model: nn.Module, weights: dict[str, Weight]) -> Iterator[dict[st
             x = args[0] if args else next(iter(kwargs.values()))
             shared = x is recent["input"]
             if name not in leader:
-                leader[name] = recent["moment"] if shared else Moment(x.shape[-1])
+                leader[name] = recent["moment"] if shared else Moment(x.shape[-1], x.device)
                 moments[name] = leader[name]
             if not (shared and leader[name] is recent["moment"]):
                 leader[name].add(x)
@@ -96,10 +96,10 @@ def _experts_hook(module_name: str, moments: dict[str, Moment | list[Moment]]) -
         x = x.reshape(-1, x.shape[-1])
         count = module.gate_up_proj.shape[0]
         up: Any = moments.setdefault(
-            f"{module_name}.gate_up_proj", [Moment(module.gate_up_proj.shape[2]) for _ in range(count)]
+            f"{module_name}.gate_up_proj", [Moment(module.gate_up_proj.shape[2], x.device) for _ in range(count)]
         )
         down: Any = moments.setdefault(
-            f"{module_name}.down_proj", [Moment(module.down_proj.shape[2]) for _ in range(count)]
+            f"{module_name}.down_proj", [Moment(module.down_proj.shape[2], x.device) for _ in range(count)]
         )
         total = torch.zeros_like(x)
         for e in range(count):
@@ -137,15 +137,15 @@ def finished(moments: dict[str, Moment | list[Moment]]) -> dict[str, Stats | lis
 def expert_stats(moments: list[Moment]) -> list[Stats]:
     """Statistics by expert. One that no token reached gets the mean of the others (identity if none was reached)."""
     reached = [m for m in moments if m.tokens]
-    features = moments[0].sum.shape[0]
+    features, device = moments[0].sum.shape[0], moments[0].sum.device
     if reached:
         total = sum(m.tokens for m in reached)
-        everyone = Moment(features)
+        everyone = Moment(features, device)
         everyone.tokens = total
         for m in reached:
             everyone.sum += m.sum
             everyone.abs += m.abs
         fallback = everyone.stats()
     else:
-        fallback = Stats(torch.eye(features), torch.ones(features), 0)
+        fallback = Stats(torch.eye(features, device=device), torch.ones(features, device=device), 0)
     return [m.stats() if m.tokens else Stats(fallback.hessian, fallback.absmean, 0) for m in moments]

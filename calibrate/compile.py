@@ -27,6 +27,7 @@ from ..formats.shards import ShardPlan, ShardWriter, plan_shards
 from ..quant.scheme import Scheme, SchemeError
 from ..quant.solver import plan_solver
 from ..quant.tensor import field_specs
+from .device import choose_device
 from .fold import find_fold
 from .journal import JOB, PARTS, Journal
 from .plan import Plan, PlanError
@@ -50,8 +51,9 @@ class Compilation:
     source: the checkpoint. plan: what to do. out: the folder to write. calibration: None for solvers without
     statistics. dtype: that hidden states are computed in. stats: a folder of statistics of the original model,
     collected there where it has none yet, and used by any later plan; without it every block's statistics are taken
-    behind the quantized blocks before it. tune_seconds: time box of a plan's tuning. Raises FormatError, PlanError,
-    CalibrationError.
+    behind the quantized blocks before it. tune_seconds: time box of a plan's tuning. device: where to compute; parts of
+    the model come to it one at a time, and the result depends on its type in the last bits. Raises FormatError,
+    PlanError, CalibrationError.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Compilation:
         work: Path | None = None,
         stats: Path | None = None,
         tune_seconds: float | None = None,
+        device: torch.device | str = "cpu",
         version: str = "",
         events: Events | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise PlanError(f"hidden states are computed in one of {list(DTYPES)}; got {dtype!r}")
         self.source, self.plan, self.out, self.tune_seconds = source, plan, out, tune_seconds
+        self.device = choose_device(str(device))
         self.dtype, self.version, self.events = DTYPES[dtype], version, events or Events()
         self.skeleton = Skeleton(source)
         tied = self.skeleton.tied
@@ -170,6 +174,7 @@ class Compilation:
             "calibration": calibration,
             "stats": "of the original model" if self.stats is not None else "behind the quantized blocks",
             "dtype": dtype,
+            "device": self.device.type,
             "tune_seconds": self.tune_seconds,
             "max_shard_bytes": max_shard_bytes,
             "format_version": FORMAT_VERSION,

@@ -66,7 +66,7 @@ def evaluate(
     result = Evaluation(_exp(loss / predicted), tokens.numel(), time.monotonic() - start)
     if reference is None:
         return result
-    kl = torch.tensor(divergences, dtype=torch.float64)
+    kl = torch.tensor(divergences, dtype=torch.float64, device="cpu")
     return Evaluation(
         perplexity=result.perplexity,
         tokens=result.tokens,
@@ -97,4 +97,4 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> float:
 
 
 def _exp(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).exp())
+    return float(torch.tensor(value, dtype=torch.float64, device="cpu").exp())

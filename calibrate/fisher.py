@@ -5,7 +5,7 @@ Fisher information and not the gradient of some text. A token's gradient by W is
 W x and x, and gradients of different tokens are uncorrelated in expectation, so the sum over tokens is
 (g^2)^T (x^2): one more matrix product beside the backward pass, and no gradient of a weight is ever made.
 
-The whole model is in memory, float32, and so is the result: 8 bytes a weight.
+The whole model is in memory, float32, and so is the result, each part where its layer is: 8 bytes a weight.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ def fisher_diagonal(
     seed: int,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Tensor]:
-    """{parameter: float32 [out, in]}, means over the tokens int64 [sequences, seq_len]. One backward a sequence.
+    """{parameter: float32 [out, in]} where the model is, means over the tokens int64 [sequences, seq_len]. One backward
+    a sequence. Labels are drawn on the CPU: the same on every device, up to rounding of the probabilities.
 
     weights: those wanted, linear layers (nn.Linear, Conv1D) of `model`. PlanError for stacked experts.
     """
     for name, weight in weights.items():
         if weight.kind not in ("linear", "conv1d"):
             raise PlanError(f"{name}: stacked experts have no Fisher diagonal here; --keep them, or another solver")
-    sums = {name: torch.zeros(w.shape[-2:]) for name, w in weights.items()}
+    sums = {n: torch.zeros(w.shape[-2:], device=model.get_parameter(n).device) for n, w in weights.items()}
     inputs: dict[str, Tensor] = {}
     handles = [h for name, w in weights.items() for h in _hooks(model.get_submodule(w.module_name), name, inputs, sums)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     model.requires_grad_(False)
     embedded = model.get_input_embeddings()
+    device = embedded.weight.device
     try:
-        for i, sequence in enumerate(tokens):
+        for i, sequence in enumerate(tokens.to(device)):
             x = embedded(sequence[None]).requires_grad_()  # so that gradients flow though no parameter takes any
             with torch.enable_grad(), _instead(embedded, x):
                 logits = model(input_ids=sequence[None], use_cache=False).logits[0].float()
                 log_p = torch.log_softmax(logits, -1)
-            label = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            label = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(logits.device)
             (-log_p.gather(1, label).sum()).backward()
             progress(i + 1, len(tokens))
     finally:

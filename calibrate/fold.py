@@ -90,7 +90,7 @@ class Fold:
         skeleton.cast(names, torch.float32)
         # a token may stand on the edge between two experts: one draw of three has to agree
         seeds = range(3 if any(skeleton.get(name).ndim == 3 for name in names) else 1)
-        draws = [torch.randn(1, TOKENS, self.hidden_size, generator=_seeded(seed)) for seed in seeds]
+        draws = [_draw(seed, (1, TOKENS, self.hidden_size), skeleton.device) for seed in seeds]
         before = [self._run(skeleton, index, h) - h for h in draws]
         self._change(skeleton, names)
         error = float("inf")
@@ -109,8 +109,9 @@ class Fold:
         norm = skeleton.model.get_submodule(found.final_gain.rpartition(".")[0])
         head = found.head or found.embedding
         gain = skeleton.get(found.final_gain).float()
-        rows = torch.linspace(0, skeleton.get(head).shape[0] - 1, _ROWS).long().unique()
-        h = torch.randn(TOKENS, self.hidden_size, generator=_seeded(0))
+        rows = torch.linspace(0, skeleton.get(head).shape[0] - 1, _ROWS, device="cpu").long().unique()
+        rows = rows.to(skeleton.device)
+        h = _draw(0, (TOKENS, self.hidden_size), skeleton.device)
         want = probe_weight(norm, gain).forward(h) @ skeleton.get(head)[rows].float().T
         self._change(skeleton, skeleton.parameters_of(None))
         changed = probe_weight(norm, skeleton.get(found.final_gain).float())  # a tied head's with what `install` did
@@ -137,12 +138,12 @@ class Fold:
                 skeleton.put(name, torch.full_like(skeleton.get(name), found.gains[name]))
 
     def _run(self, skeleton: Skeleton, index: int, hidden: Tensor) -> Tensor:
-        args, kwargs = tree_map(_to_float32, self.residual.calls[index])
+        args, kwargs = tree_map(lambda value: _to_float32(value, skeleton.device), self.residual.calls[index])
         out: Any = skeleton.blocks[index][1](hidden.clone(), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def _there(self, x: Tensor) -> Tensor:
-        return TRANSFORM.apply_input(x, {"signs": self.signs})
+        return TRANSFORM.apply_input(x, {"signs": self.signs.to(x.device)})
 
 
 def find_fold(skeleton: Skeleton, seed: int) -> Fold | str:
@@ -166,7 +167,7 @@ def rotate_axis(w: Tensor, axis: int, signs: Tensor, gain: Tensor | None = None)
     axis -1 of a weight [out, in] is W diag(gain) T^T, axis -2 is T W. Computed in float32, a piece at a time; the
     result is new and of w's dtype.
     """
-    out = torch.empty_like(w, memory_format=torch.contiguous_format)
+    out, signs = torch.empty_like(w, memory_format=torch.contiguous_format), signs.to(w.device)
     pairs = zip(w, out, strict=True) if w.ndim == 3 else [(w, out)]
     for source, target in pairs:
         source, target = (t[None] if t.ndim == 1 else t.transpose(axis, -1) for t in (source, target))
@@ -191,9 +192,13 @@ def _broken(where: str, error: float) -> PlanError:
     )
 
 
-def _to_float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+def _to_float32(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype)
 
 
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _draw(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same normal numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cpu").to(device)

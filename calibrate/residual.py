@@ -102,7 +102,7 @@ class _Experts(_StandIn):
 class _Embedding(_StandIn):
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.module.weight
-        return self.trace.put(torch.zeros(*ids.shape, weight.shape[1], dtype=weight.dtype), Stream())
+        return self.trace.put(torch.zeros(*ids.shape, weight.shape[1], dtype=weight.dtype, device=ids.device), Stream())
 
 
 class _Head(_StandIn):
@@ -140,16 +140,16 @@ def _unit_gain(module: nn.Module, name: str) -> float:
         raise Unfoldable(f"the norm {name} ({type(module).__name__}) has a bias")
     weight = module.get_parameter("weight")
     n = weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    x, gain = torch.randn(4, n, generator=generator), torch.randn(n, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, gain = (torch.randn(*size, generator=generator, device="cpu") for size in ((4, n), (n,)))
     x = x + 1  # a norm that takes the mean away must show
 
     def norm(values: Tensor, w: Tensor) -> Tensor:
         return probe_weight(module, w)(values)
 
-    unit = 0.0 if bool(norm(x, torch.zeros(n)).any()) else 1.0
-    plain = norm(x, torch.full((n,), unit))
-    scaled, rotated = norm(x, gain), norm(hartley_hadamard(x), torch.full((n,), unit))
+    unit = 0.0 if bool(norm(x, torch.zeros_like(gain)).any()) else 1.0
+    neutral = torch.full_like(gain, unit)
+    plain, scaled, rotated = norm(x, neutral), norm(x, gain), norm(hartley_hadamard(x), neutral)
     for got, want in ((rotated, hartley_hadamard(plain)), (scaled, plain * (gain + 1 - unit))):
         if not bool(((got - want).norm() <= 1e-4 * want.norm()).item()):
             raise Unfoldable(f"the norm {name} ({type(module).__name__}) is not an RMS norm")
@@ -196,8 +196,8 @@ def _ends(skeleton: Skeleton) -> Residual:
 def _gives_rows(table: nn.Embedding) -> bool:
     """Whether a rotation of the table rotates what it gives: tried with numbers, on a table of few rows."""
     n = table.weight.shape[1]
-    rows = torch.randn(5, n, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([3, 1, 1, 4])
+    rows = torch.randn(5, n, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    ids = torch.tensor([3, 1, 1, 4], device="cpu")
     plain, rotated = (probe_weight(table, w)(ids) for w in (rows, hartley_hadamard(rows)))
     want = hartley_hadamard(plain)
     return table.max_norm is None and bool((rotated - want).norm() <= 1e-4 * want.norm())
@@ -238,7 +238,7 @@ def _run_outside(skeleton: Skeleton, found: Residual, returns_tuple: bool) -> li
         head: _Head(skeleton.model.get_submodule(head), head, trace, found),
     }
     with _in_place(skeleton.model, stand_ins), recorders_in(skeleton, False, returns_tuple) as recorders, trace:
-        run_model(skeleton.model, torch.ones(1, TOKENS, dtype=torch.int64))
+        run_model(skeleton.model, torch.ones(1, TOKENS, dtype=torch.int64, device="cpu"))
     streams = [isinstance(trace.label(recorder.hidden), Stream) for recorder in recorders]
     passed = [t for r in recorders for t in tree_leaves(r.call) if isinstance(t, Tensor)]
     if not all(streams):

@@ -40,11 +40,14 @@ TUNE_PASSES = 3
 
 
 class Run:
-    """The state of one run: where the calibration set stands, and what has been written."""
+    """The state of one run: where the calibration set stands, and what has been written. Parts of the model, their
+    statistics and their coding are on the compilation's device, one part at a time; what goes to files, and the hidden
+    states between two blocks, on the CPU."""
 
     def __init__(self, compilation: Any, journal: Journal, writer: ShardWriter) -> None:
         self.c, self.journal, self.writer = compilation, journal, writer
         self.skeleton = compilation.skeleton
+        self.skeleton.use(compilation.device)
         self.begun = False
         self.tokens: Tensor | None = None
         self.stream: Stream | None = None
@@ -123,8 +126,9 @@ class Run:
         tokens = self._tokens(self.c.calibration)
         self._begin()
         self.c.events.note(f"Fisher diagonals of {len(weights)} weights: {self.c.calibration.tokens} tokens, backwards")
-        model = load_model(self.c.source, torch.float32)
-        self.journal.save_fisher(fisher_diagonal(model, weights, tokens, self.c.plan.seed))
+        model = load_model(self.c.source, torch.float32, self.c.device)
+        fisher = fisher_diagonal(model, weights, tokens, self.c.plan.seed)
+        self.journal.save_fisher({name: diagonal.cpu() for name, diagonal in fisher.items()})
 
     def _tokens(self, calibration: Calibration) -> Tensor:
         kept = self.journal.tokens()
@@ -132,7 +136,7 @@ class Run:
             return kept
         if calibration.text == "self":
             with torch.no_grad():
-                tokens = self_written(calibration, load_model(self.c.source, self.c.dtype))
+                tokens = self_written(calibration, load_model(self.c.source, self.c.dtype, self.c.device))
         else:
             tokens = sequences(calibration, load_tokenizer(self.c.source))
         vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
@@ -173,7 +177,7 @@ class Run:
     def _head_stats(self, heads: list[str]) -> dict[str, LayerStats]:
         if not heads or self.stream is None or self.tokens is None:
             return {}
-        moment = Moment(self.c.weights[heads[0]].shape[1])
+        moment = Moment(self.c.weights[heads[0]].shape[1], self.c.device)
         module_name = _head_module(self.skeleton.model)
         for x in streaming.head_inputs(self.skeleton, self.tokens, self.stream, module_name, self.c.dtype):
             moment.add(x)
@@ -184,7 +188,7 @@ class Run:
         stats: dict[str, LayerStats] = {}
         with self.skeleton.loaded(names) as originals:
             if self.store is not None:
-                stats = self.store.load(index)
+                stats = self.store.load(index, self.c.device)
             elif self.stream is not None:
                 self.skeleton.cast(names, self.c.dtype)
                 weights = {n: self.c.weights[n] for n in names if n in self.c.schemes}
@@ -196,7 +200,7 @@ class Run:
     def _outside(self) -> Iterator[Record]:
         names = self.skeleton.parameters_of(None)
         if self.store is not None:
-            stats = self.store.load(len(self.skeleton.blocks))
+            stats = self.store.load(len(self.skeleton.blocks), self.c.device)
         else:
             stats = self._head_stats([n for n in names if n in self.c.schemes and self.c.weights[n].head])
         self.stream = None
@@ -226,7 +230,7 @@ class Run:
         if weight.kind == "conv1d":
             w = w.T
         if name in self.c.by_fisher:
-            stats = replace(stats, fisher=self.journal.fisher(name))
+            stats = replace(stats, fisher=self.journal.fisher(name).to(self.c.device))
         if solver == "rtn":
             stats = [None] * w.shape[0] if w.ndim == 3 else None
         try:
@@ -254,10 +258,10 @@ class Run:
                 weight, scheme = self.c.weights[name], self.c.schemes[name]
                 specs = field_specs(scheme, weight.shape)
                 fields = {f: self.writer.read(stored_name(name, f)) for f in specs}
-                w = QuantizedTensor(scheme, weight.shape, fields).dequantize(self.c.dtype)
+                w = QuantizedTensor(scheme, weight.shape, fields).to(self.c.device).dequantize(self.c.dtype)
                 self.skeleton.put(name, w.T.contiguous() if weight.kind == "conv1d" else w)
             else:
-                self.skeleton.put(name, self.writer.read(name))
+                self.skeleton.put(name, self.writer.read(name).to(self.c.device))
         self.skeleton.cast(names, self.c.dtype)
         with torch.no_grad():
             self.stream.run(self.skeleton.blocks[index][1], index, keep=True)

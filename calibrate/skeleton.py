@@ -32,7 +32,7 @@ class Skeleton:
     model: the transformers model. blocks: [(name, module)] of the repeated blocks. parameters: {name: tensor on meta},
     and the buffers a checkpoint stores. origin: {parameter name: checkpoint tensor names it is made of}. tied: {name of
     a parameter that is another's: that other, under which it is stored once}. fold: what is done to every part that is
-    loaded; see `fold_in`.
+    loaded; see `fold_in`. device: where parts are loaded; see `use`.
     """
 
     def __init__(self, source: Source) -> None:
@@ -54,6 +54,15 @@ class Skeleton:
             raise FormatError(f"{source.path}: {error}, which is what is quantized one after another") from error
         self._check_left_over()
         self.fold: Fold | None = None
+        self.device = torch.device("cpu")
+
+    def use(self, device: torch.device) -> None:
+        """Be on this device from now on: buffers at once, parameters as parts are loaded."""
+        self.device = device
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
 
     def fold_in(self, fold: Fold) -> None:
         """From now on be the equivalent model with a rotated residual stream: every part is changed as it is loaded,
@@ -146,7 +155,7 @@ class Skeleton:
 
     @contextlib.contextmanager
     def loaded(self, parameters: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-        """{name: weight} read into the model, in the checkpoint's dtype; back to meta at the end."""
+        """{name: weight} read into the model, in the checkpoint's dtype, on `device`; back to meta at the end."""
         names = list(parameters)
         self.load(names)
         try:
@@ -155,7 +164,8 @@ class Skeleton:
             self.release(names)
 
     def load(self, names: list[str]) -> None:
-        """Read parameters from the source into the model. FormatError names one with NaN or infinite values."""
+        """Read parameters from the source into the model, on `device`. FormatError names one with NaN or infinite
+        values."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -173,6 +183,10 @@ class Skeleton:
                 f"{self.source.path}: {broken[0] if broken else still[0]} could not be made from the checkpoint's "
                 "tensors; its config.json and its weights do not belong together"
             )
+        for name in names:
+            value = self.get(name)
+            if value.device != self.device:
+                self.put(name, value.to(self.device))
         if self.fold is not None:
             for block in dict.fromkeys(self.block_of(name) for name in names):
                 self.fold.apply(self, block)

@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..formats.atomic import write_atomically
 from ..formats.errors import FormatError
 from ..quant.stats import Stats
@@ -61,8 +63,8 @@ class StatsStore:
                 continue
             for key, one in _named(name, entry):
                 tensors[f"{key}:hessian"], tensors[f"{key}:absmean"] = (
-                    one.hessian.contiguous(),
-                    one.absmean.contiguous(),
+                    one.hessian.contiguous().cpu(),
+                    one.absmean.contiguous().cpu(),
                 )
                 tokens[key] = one.tokens
         metadata = {"tokens": json.dumps(tokens), "members": json.dumps(members)}
@@ -70,8 +72,8 @@ class StatsStore:
         save_file(tensors, beside, metadata=metadata)
         os.replace(beside, self.path(part))
 
-    def load(self, part: int) -> dict[str, LayerStats]:
-        """What `save` kept, shared where it was shared. FormatError for a damaged file."""
+    def load(self, part: int, device: torch.device) -> dict[str, LayerStats]:
+        """What `save` kept, on `device`, shared where it was shared. FormatError for a damaged file."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -79,7 +81,8 @@ class StatsStore:
                 tokens, members = (json.loads(file.metadata()[k]) for k in ("tokens", "members"))
 
                 def one(key: str) -> Stats:
-                    return Stats(file.get_tensor(f"{key}:hessian"), file.get_tensor(f"{key}:absmean"), tokens[key])
+                    hessian, absmean = (file.get_tensor(f"{key}:{name}").to(device) for name in ("hessian", "absmean"))
+                    return Stats(hessian, absmean, tokens[key])
 
                 loaded: dict[str, LayerStats] = {}
                 for name, leader in members.items():

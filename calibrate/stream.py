@@ -61,20 +61,22 @@ class Recorder(nn.Module):
 class Stream:
     """The calibration set on its way through the model.
 
-    hidden: list of [batch, seq_len, hidden_size], input of the next block. calls: for each batch, for each block, the
-    other arguments (shared between batches of one size).
+    hidden: list of [batch, seq_len, hidden_size], input of the next block, on the CPU: a device holds one batch at a
+    time. calls: for each batch, for each block, the other arguments (shared between batches of one size), on `device`,
+    where blocks run.
     """
 
     hidden: list[Tensor]
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    device: torch.device
 
     def run(self, block: nn.Module, index: int, keep: bool) -> None:
         """All batches through one block; keep: the outputs become the hidden states."""
         for i, hidden in enumerate(self.hidden):
             args, kwargs = self.calls[i][index]
-            out = block(hidden, *args, **kwargs)
+            out = block(hidden.to(self.device), *args, **kwargs)
             if keep:
-                self.hidden[i] = out[0] if isinstance(out, tuple) else out
+                self.hidden[i] = (out[0] if isinstance(out, tuple) else out).cpu()
 
 
 @contextlib.contextmanager
@@ -93,18 +95,19 @@ def recorders_in(skeleton: Skeleton, stop: bool, returns_tuple: bool) -> Iterato
 
 
 def start(skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> Stream:
-    """Hidden states at the first block's input, for tokens int64 [sequences, seq_len]. Loads what stands before it."""
+    """Hidden states at the first block's input, for tokens int64 [sequences, seq_len]. Loads what stands before it, on
+    the skeleton's device."""
     outer = skeleton.parameters_of(None)
     batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
-    stream = Stream([], [])
+    stream = Stream([], [], skeleton.device)
     shared: dict[int, list[Any]] = {}
     with skeleton.loaded(outer), torch.no_grad():
         skeleton.cast(outer, dtype)
         for batch in batches:
-            recorders = _record(skeleton, batch)
+            recorders = _record(skeleton, batch.to(skeleton.device))
             hidden = recorders[0].hidden
             assert hidden is not None
-            stream.hidden.append(hidden)
+            stream.hidden.append(hidden.cpu())
             calls = [r.call for r in recorders]
             known = shared.setdefault(batch.shape[0], calls)
             stream.calls.append(known if _same(known, calls) else calls)
@@ -171,7 +174,8 @@ class _Catcher(nn.Module):
 
 
 def head_inputs(skeleton: Skeleton, tokens: Tensor, stream: Stream, head: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The input of the linear module `head`, batch by batch, once the stream is through all blocks."""
+    """The input of the linear module `head`, batch by batch on the skeleton's device, once the stream is through all
+    blocks."""
     outer = skeleton.parameters_of(None)
     module = skeleton.model.get_submodule(head)
     with skeleton.loaded(outer), torch.no_grad():
@@ -179,7 +183,8 @@ def head_inputs(skeleton: Skeleton, tokens: Tensor, stream: Stream, head: str, d
         for returns_tuple in (False, True):
             try:
                 for batch, hidden in zip(tokens.split(stream.hidden[0].shape[0]), stream.hidden, strict=True):
-                    yield _head_input(skeleton, batch, hidden, head, module, returns_tuple)
+                    there = batch.to(skeleton.device), hidden.to(skeleton.device)
+                    yield _head_input(skeleton, *there, head, module, returns_tuple)
                 return
             except (AttributeError, TypeError, IndexError, ValueError):
                 if returns_tuple:

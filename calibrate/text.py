@@ -74,7 +74,8 @@ def check_length(seq_len: int, positions: Any, path: Path) -> None:
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids, int64 [n], without special tokens."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def sequences(calibration: Calibration, tokenizer: Any) -> Tensor:
@@ -88,20 +89,21 @@ def sequences(calibration: Calibration, tokenizer: Any) -> Tensor:
             f"give a longer text or --calib-tokens {max(len(ids) // length * length, 8)}"
             + (f" --seq-len {max(len(ids) // 2, 8)}" if len(ids) < length else "")
         )
-    starts = torch.arange(n) * ((len(ids) - length) // max(n - 1, 1) if n > 1 else 0)
+    starts = torch.arange(n, device="cpu") * ((len(ids) - length) // max(n - 1, 1) if n > 1 else 0)
     return torch.stack([ids[s : s + length] for s in starts.tolist()])
 
 
 def self_written(calibration: Calibration, model: Any) -> Tensor:
-    """int64 [sequences, seq_len] sampled from the whole model at temperature 1, each begun with a random token."""
+    """int64 [sequences, seq_len] sampled from the whole model, where it is, at temperature 1, each begun with a random
+    token; on the CPU. Another device draws other tokens."""
     if not model.can_generate():
         raise CalibrationError(f"{type(model).__name__} does not write text; give a text file or builtin (--calib)")
-    generator = torch.Generator().manual_seed(calibration.seed)
+    generator = torch.Generator("cpu").manual_seed(calibration.seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    first = torch.randint(vocabulary, (calibration.sequences, 1), generator=generator)
+    first = torch.randint(vocabulary, (calibration.sequences, 1), generator=generator, device="cpu")
     torch.manual_seed(calibration.seed)
     parts = []
-    for batch in first.split(16):
+    for batch in first.to(model.device).split(16):
         parts.append(
             model.generate(
                 batch,
@@ -115,4 +117,4 @@ def self_written(calibration: Calibration, model: Any) -> Tensor:
                 pad_token_id=0,
             )
         )
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()

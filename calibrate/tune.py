@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..formats.errors import FormatError
 from ..formats.native import stored_name
+from .device import wait_for
 from .plan import PlanError
 from .skeleton import DTYPES
 from .tune_loss import Map, divergence, logit_map
@@ -163,7 +164,7 @@ class _Run:
         head_weight = f"{student.head_name}.weight"
         quantized = student.skeleton.tied.get(head_weight, head_weight) in student.compiled.schemes
         if quantized or student.skeleton.fold is not None:
-            self.target_head = original_head(student.skeleton.source, torch.float32)
+            self.target_head = original_head(student.skeleton.source, torch.float32, student.device)
         progress = self._resume()
         if progress is None:
             progress = _Progress(self._affordable())
@@ -254,10 +255,12 @@ class _Run:
     def _targets(self, plan: Schedule) -> None:
         chosen = plan.sequences
         tokens = self.tokens[chosen]
-        source = self.student.skeleton.source
+        student, source = self.student, self.student.skeleton.source
         self.events.note(f"running the original model over {tokens.numel()} tokens")
         key = _digest(source.fingerprint(), tokens)
-        rows = head_inputs_of(source, tokens, torch.float32, self.folder, key, SAVE_EVERY, self.events.original)
+        rows = head_inputs_of(
+            source, tokens, torch.float32, self.folder, key, SAVE_EVERY, self.events.original, student.device
+        )
         self.targets = dict(zip(chosen, rows, strict=True))
 
     def _affordable(self) -> int:
@@ -268,8 +271,9 @@ class _Run:
         sequences = schedule(len(self.tokens), seq_len, settings, 1).order[0]
         with torch.no_grad():
             self.targets = dict(zip(sequences, self.student.hidden(self.tokens[sequences]), strict=True))
-        forward = _seconds(lambda: self._divergence(sequences))
-        step = _seconds(lambda: self._divergence(sequences, backward=True))
+        device = self.student.device
+        forward = _seconds(lambda: self._divergence(sequences), device)
+        step = _seconds(lambda: self._divergence(sequences, backward=True), device)
         self.optimizer.zero_grad()
         held_out = len(held_out_of(len(self.tokens), seq_len, settings))
         left = settings.seconds * MARGIN - (time.monotonic() - self.start)
@@ -299,6 +303,7 @@ class _Run:
         for name, parameter in self.student.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value
+        tensors = {name: value.cpu() for name, value in tensors.items()}
         values = asdict(progress) | {"spent": self._spent(progress)}
         save_state(self.folder / STATE, tensors, {"key": self.key, "progress": values})
 
@@ -312,18 +317,22 @@ class _Run:
         for name, parameter in self.student.parameters.items():
             if f"step.{name}" in tensors:  # not, for what has had no gradient yet
                 moments = ("step", "exp_avg", "exp_avg_sq")
-                self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in moments}
+                state = {key: tensors[f"{key}.{name}"] for key in moments}
+                # Adam keeps its number of steps on the CPU, its moments beside the parameter
+                self.optimizer.state[parameter] = state | {k: state[k].to(parameter.device) for k in moments[1:]}
         progress = _Progress(**values["progress"])
         progress.history = [(step, kl) for step, kl in progress.history]
         self.events.note(f"going on with tuning after {progress.step} of {progress.steps} steps")
         return progress
 
 
-def _seconds(action: Callable[[], Any]) -> float:
+def _seconds(action: Callable[[], Any], device: torch.device) -> float:
     """Of the second call: the first makes what later ones reuse."""
     action()
+    wait_for(device)
     start = time.monotonic()
     action()
+    wait_for(device)
     return time.monotonic() - start
 
 

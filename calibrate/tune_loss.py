@@ -27,7 +27,7 @@ def logit_map(student: Student) -> Map:
     Found by giving the model a head's output and comparing. PlanError where it is none of these.
     """
     size = student.head_size
-    given = torch.linspace(-_RANGE, _RANGE, 2 * size).view(1, 2, size)
+    given = torch.linspace(-_RANGE, _RANGE, 2 * size, device="cpu").view(1, 2, size)
     got = student.logits_of(given).float()
     factor = float((got * given).sum() / given.square().sum())
     cap = getattr(student.model.config.get_text_config(), "final_logit_softcapping", None)
@@ -49,10 +49,11 @@ def divergence(
     """Mean over positions of KL(target || student) in nats, summed in float64.
 
     hidden, target: inputs of the student's and the original's head, float32 [..., hidden_size], the same positions.
-    head, target_head: these heads. backward: go on to the gradients of `hidden`'s graph and of the head's parameters.
+    head, target_head: these heads, where `hidden` is; `target` may be on the CPU. backward: go on to the gradients of
+    `hidden`'s graph and of the head's parameters.
     """
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
-    targets = target.reshape(-1, target.shape[-1])
+    targets = target.to(hidden.device).reshape(-1, target.shape[-1])
     positions = flat.shape[0]
     gradient = torch.empty_like(flat) if backward else None
     total = 0.0

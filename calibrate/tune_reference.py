@@ -31,14 +31,18 @@ def head_inputs_of(
     key: str,
     every: float,
     progress: Callable[[int, int], None] = lambda done, blocks: None,
+    device: torch.device | None = None,
 ) -> list[Tensor]:
-    """Of every sequence of tokens int64 [sequences, seq_len], the head's input [seq_len, hidden_size] in `dtype`.
+    """Of every sequence of tokens int64 [sequences, seq_len], the head's input [seq_len, hidden_size] in `dtype`, on
+    the CPU; computed on `device` (None: the CPU).
 
     Kept in `folder` under `key`, which stands for source and tokens: at the end, and in between every `every` seconds,
     so that a killed run goes on there. PlanError for models that do not run block by block.
     """
     path = folder / FILE
     skeleton = Skeleton(source)
+    if device is not None:
+        skeleton.use(device)
     blocks = len(skeleton.blocks)
     head_name, _ = find_head(skeleton.model)
     kept = load_state(path)
@@ -62,7 +66,7 @@ def head_inputs_of(
             saved = time.monotonic()
     batches = streaming.head_inputs(skeleton, tokens, stream, head_name, dtype)
     # each in memory of its own, as those that are read from the file
-    rows = [row.clone() for batch in batches for row in batch.view(-1, tokens.shape[1], batch.shape[-1])]
+    rows = [row.clone().cpu() for batch in batches for row in batch.view(-1, tokens.shape[1], batch.shape[-1])]
     if len(rows) != len(tokens):
         raise PlanError(
             f"{type(skeleton.model).__name__} gives {len(rows)} of {len(tokens)} sequences to its head; --effort best "
@@ -77,9 +81,12 @@ def _save(path: Path, hidden: list[Tensor], key: str, blocks: int) -> None:
     save_state(path, tensors, {"key": key, "blocks": blocks})
 
 
-def original_head(source: Source, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The original model's output head as a function [..., hidden_size] -> [..., vocabulary], weights in `dtype`."""
+def original_head(source: Source, dtype: torch.dtype, device: torch.device | None = None) -> Callable[[Tensor], Tensor]:
+    """The original model's output head as a function [..., hidden_size] -> [..., vocabulary], weights in `dtype` on
+    `device` (None: the CPU)."""
     skeleton = Skeleton(source)
+    if device is not None:
+        skeleton.use(device)
     name, module = find_head(skeleton.model)
     parts: list[Tensor | None] = []
     for leaf in ("weight", "bias"):

@@ -79,7 +79,7 @@ def schedule(sequences: int, seq_len: int, settings: TuneSettings, steps: int) -
     held_out = held_out_of(sequences, seq_len, settings)
     training = sequences - len(held_out)
     batch = max(1, settings.step_tokens // seq_len)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
     order: list[int] = []
     while len(order) < steps * batch:
         order += torch.randperm(training, generator=generator).tolist()

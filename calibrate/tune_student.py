@@ -70,7 +70,7 @@ class ScaledLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias
-        self.multiplier = nn.Parameter(torch.ones(weight.shape[0]))
+        self.multiplier = nn.Parameter(torch.ones(weight.shape[0], device=weight.device))
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +103,8 @@ class Gain:
 
 
 class Student:
-    """The compiled model in float32 on the CPU, its quantized weights in `dtype`; a context, which releases it.
+    """The compiled model in float32 on the skeleton's device, its quantized weights in `dtype`; a context, which
+    releases it.
 
     parameters: {name: Parameter} of what is tuned: multipliers under the names of their weights (where `scales`), the
     relative changes of gains under the names of theirs (where `norms`). left_out: {name: why} of quantized weights and
@@ -145,24 +146,28 @@ class Student:
 
     # -- computing
 
+    @property
+    def device(self) -> torch.device:
+        return self.skeleton.device
+
     def hidden(self, tokens: Tensor) -> Tensor:
         """The input of the head, [batch, seq_len, hidden_size] float32, for tokens int64 [batch, seq_len]."""
         for gain in self.gains.values():
             gain.put()
         with self._in_place_of_head(_Catches()):
             try:
-                run_model(self.model, tokens)
+                run_model(self.model, tokens.to(self.device))
             except _AtHead as reached:
                 return reached.hidden
         raise PlanError(f"{type(self.model).__name__} does not call its output head {self.head_name}")
 
     def logits_of(self, given: Tensor) -> Tensor:
-        """What the model makes of `given` [1, seq_len, vocabulary] as the head's output."""
+        """What the model makes of `given` [1, seq_len, vocabulary] as the head's output; on the CPU, as `given` is."""
         for gain in self.gains.values():
             gain.put()
-        tokens = torch.ones(given.shape[:2], dtype=torch.int64)
-        with self._in_place_of_head(_Gives(given)), torch.no_grad():
-            return self.model(input_ids=tokens).logits
+        tokens = torch.ones(given.shape[:2], dtype=torch.int64, device=self.device)
+        with self._in_place_of_head(_Gives(given.to(self.device))), torch.no_grad():
+            return self.model(input_ids=tokens).logits.cpu()
 
     @contextlib.contextmanager
     def _in_place_of_head(self, module: nn.Module) -> Iterator[None]:
@@ -175,16 +180,16 @@ class Student:
     # -- values to store
 
     def values(self) -> dict[str, Tensor]:
-        """{stored name: tensor} of every scale and gain that is tuned, as it will be stored."""
+        """{stored name: tensor on the CPU} of every scale and gain that is tuned, as it will be stored."""
         out: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, linear in self.linears.items():
                 key = stored_name(name, "scale")
                 scale = self.compiled.read(key)
-                m = linear.multiplier.detach().view(-1, *[1] * (scale.ndim - 1))
+                m = linear.multiplier.detach().cpu().view(-1, *[1] * (scale.ndim - 1))
                 out[key] = (scale.float() * m).to(scale.dtype)
             for name, gain in self.gains.items():
-                out[name] = gain.value().to(gain.dtype)
+                out[name] = gain.value().to(gain.dtype).cpu()
         return out
 
     def store(self, values: Mapping[str, Tensor]) -> None:
@@ -194,10 +199,10 @@ class Student:
                 qt = self.compiled.quantized(name, self.weights[name].shape)
                 scale = values[stored_name(name, "scale")]
                 qt = QuantizedTensor(qt.scheme, qt.shape, qt.fields | {"scale": scale})
-                linear.weight.copy_(qt.dequantize(self.dtype))
+                linear.weight.copy_(qt.to(self.device).dequantize(self.dtype))
                 linear.multiplier.fill_(1)
             for name, gain in self.gains.items():
-                gain.base = values[name].float()
+                gain.base = values[name].float().to(self.device)
                 gain.change.zero_()
 
     # -- building
@@ -205,11 +210,11 @@ class Student:
     def _load(self, scales: bool) -> None:
         for name in self.skeleton.parameters:
             if name not in self.compiled.schemes:
-                value = self.compiled.read(name)
+                value = self.compiled.read(name).to(self.device)
                 self.skeleton.put(name, value.float() if value.is_floating_point() else value)
                 continue
             weight = self.weights[name]
-            qt = self.compiled.quantized(name, weight.shape)
+            qt = self.compiled.quantized(name, weight.shape).to(self.device)
             reason = self._reason(name, qt)
             if reason:
                 self.left_out[name] = reason
@@ -310,7 +315,8 @@ def gain_offset(norm: nn.Module) -> float | None:
     """What a norm adds to its weight before it multiplies by it (0, or 1 in Gemma), tried with numbers; None where it
     does something else."""
     weight = norm.get_parameter("weight")
-    x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(3, weight.shape[0], generator=generator, device="cpu").to(weight.device)
     others = {k: torch.zeros_like(p) for k, p in norm.named_parameters() if k != "weight"}
 
     def with_weight(value: float) -> Tensor:

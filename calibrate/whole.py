@@ -14,9 +14,12 @@ from ..formats.errors import FormatError
 from .skeleton import Skeleton
 
 
-def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
-    """The source's transformers model on the CPU, in `dtype` (None: the checkpoint's own), in eval mode."""
+def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
+    """The source's transformers model in `dtype` (None: the checkpoint's own) on `device` (None: the CPU), in eval
+    mode."""
     skeleton = Skeleton(source)
+    if device is not None:
+        skeleton.use(device)
     for block in [*range(len(skeleton.blocks)), None]:
         part = skeleton.parameters_of(block)
         skeleton.load(part)

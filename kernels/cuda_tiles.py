@@ -1,9 +1,10 @@
 """The CUDA kernels over packed tiles (docs/gpu.md): 16-bit and int8 GEMMs, a GEMV for the trellis, and dequantizing.
 
-Up to 256 tokens of fp16 or bf16 the packed codes are multiplied as they are; more tokens, and float32, are left to
-cuBLAS and the weight dequantized for the call. BITPALETTE_CUDA_ACTIVATIONS says in which form activations are
-multiplied: `16bit`, as they come, unless it is set; `int8`, one scale a token, where the weight's format has a kernel
-for it; `exact`, two int8 a value, for a trellis and at most two tokens.
+Up to 256 tokens of fp16 or bf16, or as many as were measured to be faster so (`measured_choice`), the packed codes are
+multiplied as they are; more tokens, and float32, are left to cuBLAS and the weight dequantized for the call; batch
+invariant, 16-bit tokens are multiplied by the codes 256 at a time. BITPALETTE_CUDA_ACTIVATIONS says in which form
+activations are multiplied: `16bit`, as they come, unless it is set; `int8`, one scale a token, where the weight's
+format has a kernel for it; `exact`, two int8 a value, for a trellis and at most two tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..quant.tensor import QuantizedTensor
 from ..quant.trellis import TrellisScheme
 from .base import KernelError, Packed
 from .cuda_transform import CudaTransform, Int8Input, why_not_transform
+from .measured_choice import most_tokens
 from .native_cuda import (
     COUNTERS,
     PART_WORDS,
@@ -40,7 +42,7 @@ ACTIVATIONS_VARIABLE = "BITPALETTE_CUDA_ACTIVATIONS"
 INVARIANT_VARIABLE = "BITPALETTE_BATCH_INVARIANT"
 FORMS = ("16bit", "int8", "exact")
 MOST_TOKENS = 256
-"""Beyond, dequantizing for the call and cuBLAS are faster."""
+"""That a GEMM takes. Where nothing was measured on this GPU, dequantizing and cuBLAS take over beyond them."""
 GEMV_TOKENS = 2
 TOKEN_CLASSES = (8, 16, 32, 64, 128, 256)
 """A plan is made for one of these."""
@@ -80,6 +82,7 @@ class CudaWeight:
     form: str
     batch_invariant: bool
     identity: CudaTransform
+    most_tokens: int = MOST_TOKENS
     plans: dict[Any, Any] = field(default_factory=dict)
 
     def plan(self, tokens: int, dtype: torch.dtype, int8: bool) -> Any:
@@ -198,14 +201,18 @@ def _make_weight(packed: Packed) -> CudaWeight:
         )
         identity = CudaTransform((), {}, shape[1], device)
     invariant = os.environ.get(INVARIANT_VARIABLE, "") not in ("", "0")
-    return CudaWeight(native, format, scheme, shape, device, activation_form(), invariant, identity)
+    most = most_tokens(scheme, shape, device, CudaTilesKernel.name, MOST_TOKENS)
+    return CudaWeight(native, format, scheme, shape, device, activation_form(), invariant, identity, most)
 
 
 def _product(weight: CudaWeight, x: Tensor, bias: Tensor | None, transform: CudaTransform | None) -> Tensor:
     tokens = x.shape[0]
     if tokens == 0:
         return x.new_empty(0, weight.shape[0])
-    if x.dtype == torch.float32 or tokens > MOST_TOKENS:
+    if weight.batch_invariant and x.dtype != torch.float32:
+        if tokens > MOST_TOKENS:
+            return torch.cat([_product(weight, part, bias, transform) for part in x.split(MOST_TOKENS)])
+    elif x.dtype == torch.float32 or tokens > weight.most_tokens:
         z = x if transform is None else transform.apply(x)[:, : weight.shape[1]]
         return torch.nn.functional.linear(z, _dequantized(weight, x.dtype), bias)
     if weight.format == "progressive" or (weight.form == "int8" and weight.int8_gemm):

@@ -163,44 +163,76 @@ class KVCpu(OnInstructionSet):
         sink_logits: Tensor | None = None,
         exact: bool | None = None,
     ) -> Tensor:
-        """What `kv_reference.attention` computes, for up to 16 new tokens: float32 [batch, heads, n, Dv]."""
-        batch, n = rows.batch, query.shape[2]
-        form, pool = rows.form, rows.pool
+        """What `kv_reference.attention` computes, for up to 16 new tokens, in the dtype of the query."""
+        form, n = rows.form, query.shape[2]
         if (reason := self.why_not(form, rows.head_dim, rows.head_dim_v)) is not None:
             raise KVError(f"{reason}; use kernels/kv_reference.py")
-        assert pool.keys.gain is not None and pool.values.gain is not None
-        exact_start = rows.exact_start
-        in_sinks = np.minimum(rows.lengths, form.sinks)
-        pages = Pages(
-            pool.keys.codes,
-            pool.keys.gain,
-            pool.values.codes,
-            pool.values.gain,
-            form.bits_k,
-            form.bits_v,
-            rows.block_table,
-            _int32(np.maximum(exact_start - form.sinks, 0)),
+        if query.dtype not in DTYPES:
+            query = query.float()
+        if query.stride(3) != 1:
+            query = query.contiguous()
+        batch, heads = query.shape[:2]
+        if batch != rows.batch or heads % rows.kv_heads or query.shape[3] != rows.head_dim:
+            raise ValueError(f"queries {list(query.shape)} over {rows.batch} rows of {[rows.kv_heads, rows.head_dim]}")
+        fresh = ((), ()) if new is None else (_side(new[0], rows), _side(new[1], rows))
+        padding = np.ascontiguousarray(skip) if skip.any() else None
+        logits = None if sink_logits is None else sink_logits.float().contiguous()
+        out = torch.empty(batch, n, heads, rows.head_dim_v, dtype=query.dtype)
+        strides = query.stride()
+        cpu_module().kv_attend_rows(
+            self.resolve_isa(),
+            _rows(rows),
+            (query.data_ptr(), DTYPES[query.dtype], strides[0], strides[1], strides[2], heads // rows.kv_heads, n),
+            *fresh,
+            0 if padding is None else padding.ctypes.data,
+            scaling,
+            softcap or 0.0,
+            sliding_window or 0,
+            _address(logits),
+            form.bits_k == 8 if exact is None else exact,
+            out.data_ptr(),
+            torch.get_num_threads(),
         )
-        sinks = Dense(rows.sink_k, rows.sink_v, _int32(in_sinks)) if form.sinks else None
-        held = np.maximum(rows.lengths - exact_start, 0)
-        window = None
-        if rows.capacity:
-            window = Dense(rows.ring_k, rows.ring_v, _int32(held), _int32(exact_start % rows.capacity))
-        fresh = None if new is None else Dense(new[0], new[1], _int32(n - skip), _int32(np.minimum(skip, n - 1)))
-        out = self.attend(
-            self.rotate(query, torch.float32),
-            pages,
-            sinks,
-            window,
-            fresh,
-            scale=scaling,
-            softcap=softcap,
-            sliding_window=sliding_window,
-            sink_logits=sink_logits,
-            exact=exact,
+        return out.transpose(1, 2)
+
+    def store(self, rows: KVRows, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`KVRows.stored` in one call."""
+        batch, kv_heads, n, _ = key.shape
+        k, v = key.to(rows.dtype), value.to(rows.dtype)
+        if k.stride(3) != 1 or v.stride(3) != 1:
+            k, v = k.contiguous(), v.contiguous()
+        if k.shape[:2] != (rows.batch, rows.kv_heads):
+            raise ValueError(f"keys {list(k.shape)} for {rows.batch} rows of {rows.kv_heads} heads")
+        stored_k = k.new_empty(batch, n, kv_heads, rows.head_dim)
+        stored_v = k.new_empty(batch, n, kv_heads, rows.head_dim_v)
+        cpu_module().kv_store(
+            self.resolve_isa(),
+            _rows(rows),
+            (k.data_ptr(), k.stride(0), k.stride(2), k.stride(1)),
+            (v.data_ptr(), v.stride(0), v.stride(2), v.stride(1)),
+            n,
+            stored_k.data_ptr(),
+            stored_v.data_ptr(),
+            torch.get_num_threads(),
         )
-        assert out.shape[0] == batch
-        return self.rotate(out, torch.float32)
+        return stored_k, stored_v
+
+    def append_rows(self, rows: KVRows, k: Tensor, v: Tensor, skip: NDArray[np.int64] | None) -> bool:
+        """`KVRows.append` in one call; False where pages are missing."""
+        if not (k.is_contiguous() and v.is_contiguous()):
+            k, v = k.contiguous(), v.contiguous()
+        padding = None if skip is None else np.ascontiguousarray(skip)
+        return bool(
+            cpu_module().kv_append_rows(
+                self.resolve_isa(),
+                _rows(rows),
+                _side(k, rows),
+                _side(v, rows),
+                k.shape[1],
+                0 if padding is None else padding.ctypes.data,
+                torch.get_num_threads(),
+            )
+        )
 
     def append(
         self,
@@ -261,8 +293,47 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _int32(x: NDArray[np.int64]) -> Tensor:
-    return torch.from_numpy(x.astype(np.int32))
+def _rows(rows: KVRows) -> tuple[object, ...]:
+    """What csrc/bind/cpu_kv_rows.cpp reads of them; kept there until something is replaced."""
+    if rows.native is not None:
+        return rows.native
+    rows.lengths, rows.quantized, rows.exact_from, rows.claimed = (
+        np.ascontiguousarray(x, np.int64) for x in (rows.lengths, rows.quantized, rows.exact_from, rows.claimed)
+    )
+    sides = []
+    for side, sinks, ring in (
+        (rows.pool.keys, rows.sink_k, rows.ring_k),
+        (rows.pool.values, rows.sink_v, rows.ring_v),
+    ):
+        assert side.gain is not None
+        parts = (sinks.data_ptr(), ring.data_ptr(), side.codes.data_ptr(), side.gain.data_ptr())
+        sides.append((*parts, side.bits, side.head_dim))
+    table = rows.block_table
+    rows.native = (
+        rows.batch,
+        rows.kv_heads,
+        rows.form.sinks,
+        rows.form.window,
+        rows.capacity,
+        rows.pool.pages,
+        DTYPES[rows.dtype],
+        table.data_ptr(),
+        table.shape[1],
+        rows.lengths.ctypes.data,
+        rows.quantized.ctypes.data,
+        rows.exact_from.ctypes.data,
+        rows.claimed.ctypes.data,
+        _address(rows.mean),
+        *sides,
+    )
+    return rows.native
+
+
+def _side(x: Tensor, rows: KVRows) -> tuple[int, ...]:
+    """Stored tokens [batch, n, kv_heads, D]."""
+    if x.dtype != rows.dtype or x.stride(3) != 1:
+        raise ValueError(f"stored tokens {x.dtype} with strides {x.stride()}; {rows.dtype}, the last stride 1")
+    return (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

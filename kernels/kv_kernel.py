@@ -96,6 +96,8 @@ def why_not(name: str, form: KVFormat, head_dim: int, head_dim_v: int, device: t
     kernel = kernels()[name]
     if kernel.device_type != device.type:
         return f"it runs on {kernel.device_type}"
+    if form.kind != "token":
+        return f"kernels read the kind 'token'; {form.kind!r} is for comparison, and read by the reference"
     return kernel.why_not(form, head_dim, head_dim_v)
 
 

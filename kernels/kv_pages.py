@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from ..quant.kv_format import GAIN_BYTES, PAGE, KVFormat
+from ..quant.kv_format import PAGE, KVFormat
 from ..quant.kv_token import decode, encode, pack, packed_bytes, unpack
 
 GROWTH = 16
@@ -42,8 +43,20 @@ class Side:
         self.codes = torch.zeros(0, kv_heads, PAGE, row, dtype=row_dtype, device=device)
         self.gain = None if bits == 16 else torch.zeros(0, kv_heads, PAGE, dtype=torch.float16, device=device)
 
+    @classmethod
+    def over(cls, codes: Tensor, gain: Tensor | None, bits: int, head_dim: int, unbiased: bool) -> Side:
+        """These tensors, as they are."""
+        side = cls.__new__(cls)
+        side.bits, side.head_dim, side.unbiased, side.codes, side.gain = bits, head_dim, unbiased, codes, gain
+        return side
+
     def tensors(self) -> list[Tensor]:
         return [self.codes] if self.gain is None else [self.codes, self.gain]
+
+    def to(self, device: torch.device) -> None:
+        """Copies that the host does not wait for."""
+        self.codes = self.codes.to(device, non_blocking=True)
+        self.gain = None if self.gain is None else self.gain.to(device, non_blocking=True)
 
     def resize(self, pages: int) -> None:
         """Room for `pages`; what is there stays, what is new is zero."""
@@ -80,10 +93,16 @@ class Side:
 def page_bytes(form: KVFormat, kv_heads: int, head_dim: int, head_dim_v: int, itemsize: int) -> int:
     """Bytes of one page. itemsize: of the model's dtype, for sides of 16 bits."""
     rows = [
-        width * itemsize if bits == 16 else packed_bytes(width, bits) + GAIN_BYTES
+        width * itemsize if bits == 16 else form.row_bytes(bits, width)
         for bits, width in ((form.bits_k, head_dim), (form.bits_v, head_dim_v))
     ]
-    return PAGE * kv_heads * sum(rows)
+    return int(PAGE * kv_heads * sum(rows))
+
+
+class Watcher(Protocol):
+    """Keeps addresses of a pool's tensors."""
+
+    def pages_moved(self) -> None: ...
 
 
 class PagePool:
@@ -97,12 +116,27 @@ class PagePool:
         head_dim_v: int,
         dtype: torch.dtype,
         device: torch.device,
+        sides: tuple[Side, Side] | None = None,
     ) -> None:
+        """sides: keys and values of another kind than "token"."""
         form.check_head_dim(head_dim, head_dim_v)
-        self.keys = Side(form.bits_k, kv_heads, head_dim, True, dtype, device)
-        self.values = Side(form.bits_v, kv_heads, head_dim_v, False, dtype, device)
+        if sides is None:
+            keys = Side(form.bits_k, kv_heads, head_dim, True, dtype, device)
+            sides = keys, Side(form.bits_v, kv_heads, head_dim_v, False, dtype, device)
+        self.keys, self.values = sides
+        self.device = device
+        self.watchers: WeakSet[Watcher] = WeakSet()
+        self.away = False  # on the CPU, until they are needed
         self.users: list[int] = []  # of every page
         self.free: list[int] = []
+
+    @classmethod
+    def over(cls, keys: Side, values: Side) -> PagePool:
+        """These pages, all of them in use."""
+        pool = cls.__new__(cls)
+        pool.keys, pool.values, pool.device, pool.away = keys, values, keys.codes.device, False
+        pool.users, pool.free, pool.watchers = [1] * len(keys.codes), [], WeakSet()
+        return pool
 
     @property
     def pages(self) -> int:
@@ -115,11 +149,32 @@ class PagePool:
     def _tensors(self) -> list[Tensor]:
         return self.keys.tensors() + self.values.tensors()
 
+    def offload(self) -> None:
+        """All pages to the CPU."""
+        if not self.away:
+            self.away = True
+            for side in (self.keys, self.values):
+                side.to(torch.device("cpu"))
+            self._moved()
+
+    def fetch(self) -> None:
+        """All pages back to their device."""
+        if self.away:
+            self.away = False
+            for side in (self.keys, self.values):
+                side.to(self.device)
+            self._moved()
+
+    def _moved(self) -> None:
+        for watcher in self.watchers:
+            watcher.pages_moved()
+
     def reserve(self, pages: int) -> None:
         """Room for `pages` in all, exactly."""
         if pages > self.pages:
             self.keys.resize(pages)
             self.values.resize(pages)
+            self._moved()
             self.free = [*range(pages - 1, self.pages - 1, -1), *self.free]
             self.users += [0] * (pages - self.pages)
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..quant.kv_format import PAGE
-from ..quant.kv_token import rotate
 from .kv_rows import KVRows
 
 PAGES_AT_ONCE = 8
@@ -41,8 +40,7 @@ def attention(
     softcap: scores become softcap * tanh(score / softcap). sink_logits [heads]: one more term of every denominator.
     """
     form, batch, n = rows.form, rows.batch, query.shape[2]
-    q = query.to(dtype)
-    q = (rotate(q) if form.bits_k < 16 else q) * scaling
+    q = rows.rotated_query(query.to(dtype)) * scaling
     total = rows.lengths + (0 if new is None else n - skip)
     position = torch.from_numpy(total[:, None] - n + np.arange(n)).to(query.device)  # negative: padding
     state = _Softmax(q.unflatten(1, (rows.kv_heads, -1)), position, rows.head_dim_v, softcap, sliding_window)
@@ -64,7 +62,7 @@ def attention(
     if new is not None:
         state.absorb(_heads_first(new[0]), _heads_first(new[1]), position)
     out = state.result(sink_logits).flatten(1, 2)
-    return rotate(out) if form.bits_v < 16 else out
+    return rows.rotated_back(out)
 
 
 def _heads_first(x: Tensor) -> Tensor:

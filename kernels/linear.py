@@ -86,10 +86,12 @@ class QuantLinear(QuantModule):
         return self.tied_to or self
 
     def prepare(self) -> None:
+        """And the transforms of the input: on a GPU their matrices are copied there, which a capture forbids."""
         if self.tied_to is None:
             super().prepare()
         else:
             self.tied_to.prepare()
+        self._map(self._owner)
 
     def to_tensor(self) -> QuantizedTensor:
         """The weight in canonical layout."""

@@ -59,6 +59,18 @@ def fastest(scheme: Scheme, shape: tuple[int, int], device: torch.device, tokens
     return min(names, key=lambda name: names[name]) if names else None
 
 
+def most_tokens(scheme: Scheme, shape: tuple[int, int], device: torch.device, name: str, most: int) -> int:
+    """Up to how many tokens, at most `most`, the kernel `name` is to multiply by the codes: beyond, writing the weight
+    out was faster in every class that was measured. `most` where nothing was."""
+    times = measured_times(scheme, shape, device)
+    for tokens in sorted((t for t in times if t <= most), reverse=True):
+        names = times[tokens]
+        if name not in names or not names.get(DEQUANTIZE, math.inf) < names[name]:
+            break
+        most = max((c for c in CLASSES if c < tokens), default=0)
+    return most
+
+
 def measured_order(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> dict[str, int]:
     """{name: place}, fastest first, of what was measured at every token class that the file has; empty where none was.
 

@@ -30,10 +30,11 @@ _TRANSFORMS = ("rotate", "scale", "order")
 @dataclass(frozen=True)
 class Step:
     """multiply: values float32 [in]; gather: values int32 [in]; rotate: values float32 [in] to multiply by before, or
-    None."""
+    None, and matrices (R_a, R_b) of `rotation_split`, R_a where a is not 1."""
 
     kind: Literal["multiply", "rotate", "gather"]
     values: Tensor | None
+    matrices: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def triton_transform(
     for name in names:
         if name == "rotate":
             signs = sign_vector(fields["signs"], columns).to(device).contiguous()
-            steps.append(Step("rotate", signs))
+            a, b = rotation_split(columns)
+            steps.append(Step("rotate", signs, (None if a == 1 else _matrix(a, device), _matrix(b, device))))
         elif name == "scale":
             factors = fields["input_scale"].to(device).float().reciprocal().contiguous()
             steps.append(Step("multiply", factors))
@@ -111,7 +113,7 @@ def _rotate(x: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
     from .triton_device.transform import rotate_columns_kernel, rotate_rows_kernel
 
     tokens, n = x.shape
-    a, b = rotation_split(n)
+    (a, b), (of_a, of_b) = rotation_split(n), step.matrices
     y = torch.empty(tokens, n, dtype=dtype if a == 1 else torch.float32, device=x.device)
     if not tokens:
         return y.to(dtype)
@@ -119,7 +121,7 @@ def _rotate(x: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
     rotate_rows_kernel[-(-lines // line_block), -(-b // block)](
         x,
         step.values,
-        _matrix(b, x.device),
+        of_b,
         y,
         lines,
         a,
@@ -136,7 +138,7 @@ def _rotate(x: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
     z = torch.empty(tokens, n, dtype=dtype, device=x.device)
     rotate_columns_kernel[tokens, -(-a // rotation_block(a)), -(-b // block)](
         y,
-        _matrix(a, x.device),
+        of_a,
         z,
         a,
         b,

@@ -34,6 +34,9 @@ _CHUNK = 1 << 17
 """Weights searched at a time on a CPU: 512 KiB stay in the cache over all candidates, and a step is long enough for
 threads to be worth their start."""
 
+_DEVICE_CHUNK = 1 << 26
+"""Elsewhere: all of most layers at once, and of a table of 10^9 embeddings temporaries of 256 MiB."""
+
 
 def fp16_scale(scale: Tensor) -> Tensor:
     """float32 values rounded to those of fp16."""
@@ -81,7 +84,7 @@ def relative_importance(importance: Tensor) -> Tensor:
 
 def chunk_rows(w: Tensor) -> int:
     """Rows of w [rows, groups, n] that are searched at a time."""
-    return w.shape[0] if w.device.type != "cpu" else max(1, _CHUNK // (w.shape[1] * w.shape[2]))
+    return max(1, (_CHUNK if w.device.type == "cpu" else _DEVICE_CHUNK) // (w.shape[1] * w.shape[2]))
 
 
 def _search(

@@ -32,9 +32,9 @@ class Grid(Protocol):
         """As `fit`, for the columns of one group only: w [out, columns of the group]."""
 
     def nearest(self, w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes uint8, values float32 [out, n]) nearest to w [out, n], the given columns of the matrix: whole blocks
-        (`Scheme.block`; the matrix's last may be short). Dimension 1 of the codes counts blocks; all else about them
-        is the grid's."""
+        """(codes uint8, values float32 [out, n]) nearest to w [out, n], the given columns of the matrix (int64, there
+        or on the CPU): whole blocks (`Scheme.block`; the matrix's last may be short). Dimension 1 of the codes counts
+        blocks; all else about them is the grid's."""
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         """The codec's fields, canonical layout, from what `fit` chose and the codes of all blocks in natural order,

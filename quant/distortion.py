@@ -161,9 +161,9 @@ def batch_count(weights: int) -> int:
 
 def batches(count: int, seed: int) -> Iterator[Tensor]:
     """`count` matrices float32 `BATCH` of N(0, 1), each of mean square 1; the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(count):
-        w = torch.randn(BATCH, generator=generator, dtype=torch.float64)
+        w = torch.randn(BATCH, generator=generator, dtype=torch.float64, device="cpu")
         yield (w / w.square().mean().sqrt()).float()
 
 

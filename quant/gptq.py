@@ -37,6 +37,7 @@ class Gptq:
         energy = stats.hessian.diagonal()
         grid.fit(w, energy / energy.mean().clamp(min=1e-30) + DAMPING)
         order = torch.argsort(energy, descending=True, stable=True)
+        columns = order.cpu()  # a grid may ask for the number of each: one copy from a GPU in place of one a column
         feedback = inverse_factor(stats.hessian[order][:, order])
         rest = w[:, order].T.contiguous()  # [in, out], a column of w is a contiguous row
         codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
@@ -44,7 +45,7 @@ class Gptq:
             stop = min(start + BLOCK, len(order))
             errors = torch.empty_like(rest[start:stop])
             for i in range(start, stop):
-                code, value = grid.nearest(rest[i][:, None], order[i : i + 1])
+                code, value = grid.nearest(rest[i][:, None], columns[i : i + 1])
                 codes[i] = code[:, 0]
                 errors[i - start] = (rest[i] - value[:, 0]) / feedback[i, i]
                 rest[i + 1 : stop].addr_(feedback[i, i + 1 : stop], errors[i - start], alpha=-1)

@@ -43,9 +43,10 @@ def check_group_scales(group_scale: Tensor, zero: Tensor) -> None:
     if bool(wrong.any()):
         at = tuple(int(i) for i in wrong.nonzero()[0])
         scale, point = int(group_scale[at]), int(zero[at])
+        largest = int(largest_group_scale(zero[at].int()))
         raise SchemeError(
             f"group_scale {scale} of row {at[0]}, group {at[1]} does not fit the zero point {point}: it is 1 to "
-            f"{int(largest_group_scale(torch.tensor(point)))} there, so that levels stay within -{LARGEST_LEVEL} to "
+            f"{largest} there, so that levels stay within -{LARGEST_LEVEL} to "
             f"{LARGEST_LEVEL}; quantize the weight again"
         )
 

@@ -1,9 +1,10 @@
 """What a layer's cached keys and values are stored as: a frozen, validated, JSON-serialisable value.
 
-Two kinds. "token" (quant/kv_token.py): one fp16 gain for each token and head, keys centered and rotated. "channel" is
-KIVI's, to compare with: its bits are counted, a cache that holds it is not there yet. The first `sinks` tokens and the
-last `window` tokens keep the model's dtype, and so does a side (keys or values) of 16 bits: its numbers are the model's
-own, neither centered nor rotated.
+The kind "token" (quant/kv_token.py) is what this package recommends: one fp16 gain for each token and head, keys
+centered and rotated. The others are there to compare with, and read by attention in torch: "channel"
+(quant/kv_channel.py) is KIVI's, "bfp32" and "bfp64" (quant/kv_bfp.py) are block floating point. The first `sinks`
+tokens and the last `window` tokens keep the model's dtype, and so does a side (keys or values) of 16 bits: its numbers
+are the model's own, neither centered nor rotated.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BITS = (16, 8, 4, 3, 2)
-KINDS = ("token", "channel")
+KINDS = ("token", "channel", "bfp32", "bfp64")
 PAGE = 64
 """Tokens of a page."""
 
@@ -25,6 +26,9 @@ CHANNEL_GROUP = 32
 
 CHANNEL_GROUP_BYTES = 4
 """fp16 scale and minimum."""
+
+BLOCKS = {"bfp32": 32, "bfp64": 64}
+"""{kind: channels of one token and head that share an exponent of one byte}."""
 
 
 class KVError(ValueError):
@@ -54,11 +58,16 @@ class KVFormat:
 
     @staticmethod
     def parse(text: str, **options: Any) -> KVFormat:
-        """The format that "k4v4", "K3V2", "4" (both sides) or "16" names; options: sinks, window, kind."""
-        match = re.fullmatch(r"k(\d+)v(\d+)|(\d+)", text.strip().lower())
+        """The format that "k4v4", "K3V2", "4" (both sides), "16" or, of another kind, "k2v2-channel" names; options:
+        sinks, window."""
+        match = re.fullmatch(r"(?:k(\d+)v(\d+)|(\d+))(?:-(\w+))?", text.strip().lower())
         if match is None:
-            raise KVError(f"{text!r} names no format of the cache; say k4v4, k3v2, k8v4, 4 (keys and values) or 16")
-        k, v, both = match.groups()
+            raise KVError(
+                f"{text!r} names no format of the cache; say k4v4, k3v2, k8v4, 4 (keys and values), 16 or k2v2-channel"
+            )
+        k, v, both, kind = match.groups()
+        if kind is not None:
+            options["kind"] = kind
         return KVFormat(int(k or both), int(v or both), **options)
 
     @staticmethod
@@ -82,16 +91,29 @@ class KVFormat:
         """Nothing is quantized."""
         return self.bits_k == self.bits_v == 16
 
+    @property
+    def token_group(self) -> int:
+        """Tokens that are quantized together, and so leave the window together."""
+        return CHANNEL_GROUP if self.kind == "channel" else 1
+
     def check_head_dim(self, head_dim: int, head_dim_v: int) -> None:
-        """KVError where a row of codes would not be whole bytes: every bit plane of 3 bits needs D / 8 bytes."""
-        for side, bits, width in (("keys", self.bits_k, head_dim), ("values", self.bits_v, head_dim_v)):
-            if width < 1 or (bits != 16 and width % 8):
+        """KVError where a row of codes would not be whole bytes (every bit plane of 3 bits needs D / 8 bytes), or
+        whole groups or blocks of its kind."""
+        value_step = CHANNEL_GROUP if self.kind == "channel" else BLOCKS.get(self.kind, 8)
+        for side, bits, width, step in (
+            ("keys", self.bits_k, head_dim, BLOCKS.get(self.kind, 8)),
+            ("values", self.bits_v, head_dim_v, value_step),
+        ):
+            if width < 1 or (bits != 16 and width % step):
+                kind = "" if self.kind == "token" else f" of the kind {self.kind!r}"
                 raise KVError(
-                    f"{bits}-bit {side} need a head_dim in steps of 8, not {width}; keep this layer at 16 bits"
+                    f"{bits}-bit {side}{kind} need a head_dim in steps of {step}, not {width}; keep this layer at 16 "
+                    f"bits{' or of the kind token' if kind and width % 8 == 0 else ''}"
                 )
 
     def bits_per_element(self, head_dim: int, head_dim_v: int | None = None) -> float:
-        """Mean over keys and values of a quantized token, with gains: b + 16 / D a side (kind "token")."""
+        """Mean over keys and values of a quantized token, with gains: b + 16 / D a side (kind "token"), b + 1
+        ("channel"), b + .25 ("bfp32")."""
         width = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         stored = sum(self.row_bytes(bits, d) for bits, d in zip((self.bits_k, self.bits_v), width, strict=True))
         return 8 * stored / sum(width)
@@ -100,5 +122,10 @@ class KVFormat:
         """Bytes of one token and head, one side, with its share of scales."""
         if bits == 16:
             return 2.0 * head_dim
-        extra = GAIN_BYTES if self.kind == "token" else CHANNEL_GROUP_BYTES * head_dim / CHANNEL_GROUP
+        if self.kind == "channel":
+            extra = CHANNEL_GROUP_BYTES * head_dim / CHANNEL_GROUP
+        elif self.kind in BLOCKS:
+            extra = head_dim / BLOCKS[self.kind]
+        else:
+            extra = GAIN_BYTES
         return head_dim * bits / 8 + extra

@@ -104,13 +104,14 @@ def feedback_share(stats: Stats, block: int = 1) -> float:
     (the damping counts, so that it is a little high).
     """
     block = block if block > 1 else BLOCK
-    factor, total = stats.factor(), 0.0
+    factor = stats.factor()
+    total = torch.zeros((), dtype=torch.float64, device=factor.device)
     for i in range(0, factor.shape[0], block):
         b = factor[i : i + block, i : i + block]
         eye = torch.eye(b.shape[0], device=b.device)
-        total += float(torch.linalg.solve_triangular(b, eye, upper=True).square().sum(dtype=torch.float64))
+        total += torch.linalg.solve_triangular(b, eye, upper=True).square().sum(dtype=torch.float64)
     trace = float(stats.hessian.diagonal().sum(dtype=torch.float64))
-    return total / trace if trace > 0 else 1.0
+    return float(total) / trace if trace > 0 else 1.0
 
 
 def overloaded_rows(w: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def _repair(
     has the least error over those rows. codes, values: changed in place. Returns how many rows got another scale."""
     bad = overloaded_rows(w, values, hessian)
     recoded = 0
-    for first in sorted({int(r) // grid.rows_together * grid.rows_together for r in bad}):
+    for first in sorted({r // grid.rows_together * grid.rows_together for r in bad.tolist()}):
         rows = torch.arange(first, min(first + grid.rows_together, w.shape[0]), device=w.device)
         inside = bad[(bad >= first) & (bad < first + grid.rows_together)] - first
         best = start = float(_row_errors(w[rows], values[rows], hessian).sum())

@@ -28,8 +28,9 @@ code of exllamav3; figures are in docs/trellis.md.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +40,7 @@ from .codec import Fields
 from .native import chosen_isa, cpu_module, isa_index
 from .scheme import Scheme, SchemeError
 from .tensor import QuantizedTensor
-from .trellis_cuda import encode_on_gpu
+from .trellis_cuda import encode_on_gpu, why_not_on_gpu
 
 TILE = 16
 MULTIPLIER = 0x83DCD12D
@@ -91,7 +92,7 @@ def tile_count(shape: tuple[int, int]) -> tuple[int, int]:
 def levels(window: int) -> Tensor:
     """The level of every state, float32 [2^window] on the CPU."""
     with torch.inference_mode(False):
-        product = (torch.arange(1 << window, dtype=torch.int64) * MULTIPLIER) & 0xFFFFFFFF
+        product = (torch.arange(1 << window, dtype=torch.int64, device="cpu") * MULTIPLIER) & 0xFFFFFFFF
         total = sum((product >> (8 * k)) & 0xFF for k in range(4))
         return (total - CENTRE).float()  # type: ignore[union-attr]
 
@@ -150,12 +151,30 @@ def encode(x: Tensor, row_bits: int, window: int) -> tuple[Tensor, Tensor]:
     The exact search of csrc/cpu/trellis_encode.h: the same for any number of threads and any instruction set.
     """
     x = x.contiguous()
-    codes = torch.empty(x.shape[0], 2 * row_bits, dtype=torch.uint8)
+    codes = torch.empty(x.shape[0], 2 * row_bits, dtype=torch.uint8, device="cpu")
     chosen = torch.empty_like(x)
     isa, threads = isa_index(chosen_isa()), torch.get_num_threads()
     addresses = codes.data_ptr(), chosen.data_ptr()
     cpu_module().trellis_encode(isa, x.data_ptr(), x.shape[0], row_bits, window, *addresses, threads)
     return codes, chosen
+
+
+def encode_there(x: Tensor, row_bits: int, window: int) -> tuple[Tensor, Tensor]:
+    """As `encode`, with results on x's device: searched on a GPU where that can be, else on the CPU, which is said once
+    on stderr. The codes are the same."""
+    if x.device.type == "cpu":
+        return encode(x, row_bits, window)
+    reason = why_not_on_gpu(x.device)
+    if reason is None:
+        return encode_on_gpu(x, row_bits, window)
+    _say(reason)
+    codes, chosen = encode(x.cpu(), row_bits, window)
+    return codes.to(x.device), chosen.to(x.device)
+
+
+@cache
+def _say(reason: str) -> None:
+    print(f"bitpalette: trellis codes are searched on the CPU: {reason}", file=sys.stderr)
 
 
 class TrellisGrid:
@@ -187,7 +206,7 @@ class TrellisGrid:
         x = torch.zeros(tile_rows * TILE, tiles * TILE, device=w.device)
         torch.mul(w, inverse[:, None], out=x[:out, :n])
         x = x.view(tile_rows, TILE, tiles, TILE).transpose(1, 2).reshape(-1, TILE * TILE)
-        codes, chosen = (encode_on_gpu if w.is_cuda else encode)(x, m, self.scheme.window)
+        codes, chosen = encode_there(x, m, self.scheme.window)
         codes, chosen = codes.view(tile_rows, tiles, 2 * m), chosen.view(tile_rows, tiles, TILE, TILE)
         values = chosen.transpose(1, 2).reshape(tile_rows * TILE, tiles * TILE)[:out, :n]
         return codes, values * (self.scale / UNIT)[:, None]

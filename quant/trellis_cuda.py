@@ -86,6 +86,21 @@ def import_cupy() -> Any:
 
 
 @lru_cache(maxsize=32)
+def why_not_on_gpu(device: torch.device) -> str | None:
+    """None where `encode_on_gpu` runs on this CUDA device, else the reason in words."""
+    try:
+        import_cupy()
+    except NativeError as error:
+        return (
+            f"there is no CuPy ({str(error.__cause__).strip().partition(chr(10))[0]}); `pip install 'bitpalette[cuda]'`"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0; {device} has {capability[0]}.{capability[1]}"
+    return None
+
+
+@lru_cache(maxsize=32)
 def _kernel(device: int, launch: Launch) -> tuple[Any, int]:
     """(kernel, blocks that run at once on the device); the device is CuPy's current one."""
     cupy = import_cupy()
@@ -138,7 +153,7 @@ def encode_on_gpu(x: Tensor, row_bits: int, window: int) -> tuple[Tensor, Tensor
 
 
 def _encode_on_cpu(x: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
-    codes = torch.empty(len(x), 2 * launch.row_bits, dtype=torch.uint8)
+    codes = torch.empty(len(x), 2 * launch.row_bits, dtype=torch.uint8, device="cpu")
     levels = torch.empty_like(x)
     cpu_module().trellis_encode(
         isa_index(chosen_isa()),

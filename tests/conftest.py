@@ -327,15 +327,26 @@ def _pointers(model: Any) -> set[int]:
     return {p.data_ptr() for p in model.parameters()}
 
 
+def _module(name: str, path: Path) -> Any:
+    """A file of the tests as a module: pytest imports them by path, so that none can import another by name."""
+    if (module := sys.modules.get(name)) is None:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def pretended() -> Any:
+    """tests/quant/pretend_gpu.py: PretendGpu, GpuTensor, DEVICE."""
+    return _module("pretend_gpu", Path(__file__).parent / "quant" / "pretend_gpu.py")
+
+
 @pytest.fixture(scope="session")
 def hostexec(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The host executor, which runs CUDA kernels without a GPU: tests/hostexec/driver.py, Executor."""
-    path = Path(__file__).parent / "hostexec" / "driver.py"
-    if (driver := sys.modules.get("hostexec_driver")) is None:
-        spec = importlib.util.spec_from_file_location("hostexec_driver", path)
-        assert spec is not None and spec.loader is not None
-        driver = sys.modules["hostexec_driver"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(driver)
+    driver = _module("hostexec_driver", Path(__file__).parent / "hostexec" / "driver.py")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no g++")
     built = os.environ.get("HOSTEXEC_CACHE")  # a folder that outlives the session

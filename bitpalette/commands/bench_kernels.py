@@ -126,9 +126,9 @@ def _settings(
 ) -> Settings:
     import torch
 
+    from ..calibrate.device import choose_device
     from ..calibrate.plan import PlanError
     from ..kernel_bench.gpu_rounds import l2_bytes
-    from ..kernel_bench.gpu_run import choose_device
     from ..kernel_bench.rounds import FEWEST_ROUNDS
     from ..kernel_bench.run import Settings, cache_bytes, check_clock, choose_isas, choose_kernels
     from ..kernel_bench.shapes import TOKENS

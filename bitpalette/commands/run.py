@@ -86,11 +86,12 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and print the sizes; write nothing.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: what calibration computes in.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize MODEL into OUT. Interrupted, the same command goes on where it stopped, to the same result."""
     from ..api import prepare_compilation
+    from ..calibrate.device import choose_device
     from ..calibrate.plan import PlanError
     from ..calibrate.text import Calibration
     from ..recipe import make_plan
@@ -101,7 +102,7 @@ def run(
         raise PlanError(f"--max-shard-size {max_shard_size!r} is no size such as 500MB or 5GB") from None
     if dtype not in ("float32", "bfloat16"):
         raise PlanError(f"--dtype is float32 or bfloat16; got {dtype!r}")
-    check_device(device)
+    choose_device(device)  # before anything is read
     if tune_minutes is not None and not (effort == "best" and tune_minutes > 0):
         raise PlanError(f"--tune-minutes {tune_minutes:g}: minutes above 0, with --effort best")
     plan = make_plan(
@@ -131,19 +132,12 @@ def run(
         work=work,
         stats=stats,
         tune_seconds=None if tune_minutes is None else 60 * tune_minutes,
+        device=device,
     )
     if dry_run:
         print_sizes(compilation, json_output)
         return
     compile_with_progress(compilation, json_output)
-
-
-def check_device(device: str) -> None:
-    """PlanError unless the compilation can run there: for now, on the CPU."""
-    from ..calibrate.plan import PlanError
-
-    if device != "cpu":
-        raise PlanError(f"--device {device}: compiling runs on the CPU only; --device cpu")
 
 
 def print_sizes(compilation: Any, as_json: bool) -> None:

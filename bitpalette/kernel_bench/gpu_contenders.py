@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.base import Kernel, Packed
+from ..kernels.cuda_tiles import MOST_TOKENS, CudaTilesKernel
 from ..kernels.measured_choice import DEQUANTIZE
 from ..kernels.native_cuda import current_stream
 from ..kernels.registry import kernels
@@ -63,6 +64,10 @@ def gpu_contender(name: str, qt: QuantizedTensor, dtype: torch.dtype, expected: 
 
 
 def _multiplying(kernel: Kernel, packed: Packed) -> Call:
+    if isinstance(
+        kernel, CudaTilesKernel
+    ):  # by the codes, also where an earlier table says that dequantizing is faster
+        kernel.weight(packed).most_tokens = MOST_TOKENS
     return lambda x: kernel.linear(x, packed, None)
 
 

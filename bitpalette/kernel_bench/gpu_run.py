@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from ..calibrate.plan import PlanError
 from ..kernels.measured_choice import CLASSES, choice_key, store_times
 from ..kernels.registry import kernels
 from ..provenance import commit
@@ -23,22 +22,6 @@ from .shapes import Layer
 
 CLOCK = "gpu"
 """Of rows: CUDA events around graphs of calls."""
-
-
-def choose_device(name: str) -> torch.device:
-    """cpu, cuda or cuda:N. PlanError for others, and where torch sees no such GPU."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise PlanError(f"--device is cpu, cuda or cuda:N; got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise PlanError(f"--device is cpu, cuda or cuda:N; got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise PlanError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices; --device cpu")
-        return torch.device("cuda", device.index or 0)
-    return device
 
 
 def measure_on_gpu(

@@ -41,6 +41,7 @@ void bind_bandwidth(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
 void bind_int(pybind11::module_& m);
 void bind_kv(pybind11::module_& m);
+void bind_kv_rows(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_quantizers(pybind11::module_& m);
 void bind_trellis(pybind11::module_& m);

@@ -25,5 +25,6 @@ PYBIND11_MODULE(_cpu, m) {
     bind_linear(m);
     bind_bandwidth(m);
     bind_kv(m);
+    bind_kv_rows(m);
     bind_decoder(m); // of weights that bind_linear declares
 }

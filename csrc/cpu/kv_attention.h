@@ -86,14 +86,14 @@ constexpr int kv_codes_of_byte(int bits) {
 constexpr int64_t kv_row_bytes(int64_t width, int bits) {
     return width * bits / 8;
 }
-// Words of 4 bytes in a row of the first plane.
+// Words of 4 bytes of a key's first plane; of 3 bits in pairs, of the even and of the odd bytes of eight.
 constexpr int64_t kv_words(int64_t width, int bits) {
-    return (width / kv_codes_of_byte(bits) + 3) / 4;
+    return bits == 3 ? (width / 8 + 3) / 4 * 2 : (width / kv_codes_of_byte(bits) + 3) / 4;
 }
 // The element of a key that byte `byte` of quad (word * codes of a byte + s) is about; may be past the last.
 constexpr int64_t kv_key_element(int64_t quad, int64_t byte, int bits) {
-    const int64_t codes = kv_codes_of_byte(bits);
-    return (4 * (quad / codes) + byte) * codes + quad % codes;
+    const int64_t codes = kv_codes_of_byte(bits), word = quad / codes;
+    return (bits == 3 ? 8 * (word / 2) + 2 * byte + word % 2 : 4 * word + byte) * codes + quad % codes;
 }
 
 // std::invalid_argument for sizes that cannot be, or a missing instruction set.

@@ -16,20 +16,24 @@ constexpr float largest_weight = 16319; // 128 * 127 + 63
 
 // Memory of a task, in pieces that begin on lines.
 struct KvRoom {
-    uint8_t* nibbles; // [64, width / 4]
-    uint32_t *words, *high, *codes;
+    uint32_t *words, *high;
     int32_t* scores;    // [rows * planes, 64]
     int8_t* weights;    // [rows, 2, 64]
     int32_t* start;     // [rows, 2]
     float *unit, *keep; // [rows]
     float* sums;        // [rows, columns]
-    float* chances;     // [rows, 64]
+    float* chances;     // [rows, 64], at least 8 rows of bytes
+    int32_t* order;     // [columns]
     int64_t bytes;
 };
 
+// Columns of the words of a page's values.
+inline int64_t kv_word_columns(int64_t width, int bits) {
+    const int64_t halves = bits == 3 ? 2 : 1, bytes = width / kv_codes_of_byte(bits) / halves;
+    return (bytes + 15) / 16 * 16 * halves;
+}
 inline int64_t kv_columns(int64_t width, int bits) {
-    const int64_t codes = kv_codes_of_byte(bits);
-    return (width / codes + 15) / 16 * 16 * codes;
+    return kv_word_columns(width, bits) * kv_codes_of_byte(bits);
 }
 
 inline KvRoom kv_room(const KvAttentionCall& c, uint8_t* base) {
@@ -43,17 +47,16 @@ inline KvRoom kv_room(const KvAttentionCall& c, uint8_t* base) {
     const int64_t rows = c.group * c.tokens, width = c.head_dim > c.head_dim_v ? c.head_dim : c.head_dim_v;
     // packed, a byte is at most `width` of a row; 64 more for what a last piece of 16 bytes fills up
     const int64_t most_words = 16 * (width + 64);
-    take(room.nibbles, 16 * width);
     take(room.words, most_words);
     take(room.high, most_words);
-    take(room.codes, most_words);
     take(room.scores, rows * (c.exact ? 2 : 1) * kv_page);
     take(room.weights, rows * 2 * kv_page);
     take(room.start, rows * 2);
     take(room.unit, rows);
     take(room.keep, rows);
     take(room.sums, rows * kv_columns(c.head_dim_v, c.bits_v));
-    take(room.chances, rows * kv_page);
+    take(room.chances, rows * kv_page > 2 * width ? rows * kv_page : 2 * width);
+    take(room.order, width + 64);
     room.bytes = used;
     return room;
 }
@@ -66,63 +69,61 @@ inline int64_t kv_room_bytes(const KvAttentionCall& call) {
 template <class V, int Bits>
 constexpr int32_t level_offset = Bits == 8 && V::signed_bytes ? -1 : (1 << Bits) - 1;
 
-// room.codes of 64 rows of keys, or of values (By::columns: interleaved for a product over tokens).
-enum class By { words, columns };
-template <class V, int Bits, By by>
-inline void unpack_page(const uint8_t* page, const uint8_t* next, int64_t width, const KvRoom& room) {
+// room.words and high of 64 rows of keys.
+template <class V, int Bits>
+inline void transpose_keys(const uint8_t* page, int64_t width, const KvRoom& room, KvAhead& ahead) {
     const int64_t stride = kv_row_bytes(width, Bits), bytes = width / kv_codes_of_byte(Bits);
-    const int64_t inner = by == By::words ? kv_page : (bytes + 15) / 16 * 16;
-    const int64_t outer = by == By::words ? (bytes + 3) / 4 : kv_page / 4;
-    const auto move = [&](const uint8_t* rows, int64_t row, const uint8_t* after, uint32_t* words) {
-        if constexpr (by == By::words)
-            transpose_rows<V>(rows, row, bytes, after, words);
+    transpose_rows<V, Bits == 3>(page, stride, bytes, room.words, ahead);
+    if constexpr (Bits == 3)
+        transpose_rows<V, false>(page + bytes, stride, width / 8, room.high, ahead);
+}
+
+// room.words and high of 64 rows of values.
+template <class V, int Bits>
+inline void interleave_values(const uint8_t* page, int64_t width, const KvRoom& room, KvAhead& ahead) {
+    const int64_t stride = kv_row_bytes(width, Bits), bytes = width / kv_codes_of_byte(Bits);
+    const int64_t columns = kv_word_columns(width, Bits);
+    KvAhead::Run run = ahead.next(16);
+    for (int64_t t = 0; t < kv_page; t += 8) {
+        uint32_t* to = room.words + t / 4 * columns;
+        if constexpr (Bits == 3)
+            V::interleave_planes(page + t * stride, stride, bytes, columns, to, room.high + t / 8 * columns);
         else
-            interleave_rows<V>(rows, row, bytes, after, inner, words);
-    };
-    move(page, stride, next, room.words);
-    if constexpr (Bits == 3) {
-        for (int64_t t = 0; t < kv_page; ++t)
-            V::nibbles(page + t * stride + bytes, width / 8, room.nibbles + t * bytes);
-        move(room.nibbles, bytes, nullptr, room.high);
+            V::interleave(page + t * stride, stride, bytes, columns, to);
+        run.ask();
+        run.ask();
     }
-    expand<V, Bits>(room.words, room.high, outer, inner, room.codes);
 }
 
 // room.scores = products of the queries' codes and those of the page's keys, without the offset of levels.
 template <class V, int Bits>
-inline void score_page(const KvQueries& q, int64_t rows, const KvRoom& room) {
-    const auto store = [&](int64_t row, int64_t column, auto& sum) {
+inline void score_page(const KvQueries& q, int64_t rows, const KvRoom& room, KvAhead& ahead) {
+    const auto store = [&](int64_t row, int64_t token, auto& sum) {
         for (auto& of_row : sum) {
-            int32_t* to = room.scores + row++ * kv_page + column;
+            int32_t* to = room.scores + row++ * kv_page + token;
             for (auto& s : of_row) {
                 V::store_ints(to, s);
                 to += V::lanes;
             }
         }
     };
-    const uint32_t* codes = room.codes;
-    const int64_t all = rows * q.planes, tiled = all / V::tile_rows * V::tile_rows, x_row = 4 * q.quads;
-    products<V, Bits == 8, V::tile_rows>(codes, kv_page, q.quads, q.codes, x_row, nullptr, 0, tiled, store);
-    products<V, Bits == 8, 1>(codes, kv_page, q.quads, q.codes, x_row, nullptr, tiled, all, store);
+    const int64_t pairs = q.quads / (kv_codes_of_byte(Bits) * kv_paired<Bits>);
+    score_products<V, Bits>(room.words, room.high, pairs, q.codes, 4 * q.quads, rows * q.planes, ahead, store);
 }
 
 // room.sums = room.sums * keep + weighted values of the page.
 template <class V, int Bits>
-inline void add_page(int64_t rows, int64_t columns, const KvRoom& room) {
-    const auto add = [&](int64_t row, int64_t column, auto& sum) {
+inline void add_page(int64_t rows, int64_t width, const KvRoom& room, KvAhead& ahead) {
+    const int64_t words = kv_word_columns(width, Bits), columns = kv_columns(width, Bits);
+    const auto add = [&](int64_t row, int64_t column, auto& sum, int at) {
         for (size_t r = 0; r < sizeof sum / sizeof *sum; r += 2, row += 2) {
             float* to = room.sums + row / 2 * columns + column;
             const auto unit = V::all(room.unit[row / 2]), keep = V::all(room.keep[row / 2]);
-            for (size_t c = 0; c < sizeof *sum / sizeof **sum; ++c, to += V::lanes) {
-                const auto now = V::to_floats(V::combined(sum[r][c], sum[r + 1][c]));
-                V::store(to, V::multiply_add(now, unit, V::multiply(V::load(to), keep)));
-            }
+            const auto now = V::to_floats(V::combined(sum[r][at], sum[r + 1][at]));
+            V::store(to, V::multiply_add(now, unit, V::multiply(V::load(to), keep)));
         }
     };
-    constexpr int64_t quads = kv_page / 4;
-    const int64_t all = 2 * rows, tiled = all / V::tile_rows * V::tile_rows;
-    products<V, Bits == 8, V::tile_rows>(room.codes, columns, quads, room.weights, kv_page, room.start, 0, tiled, add);
-    products<V, Bits == 8, 2>(room.codes, columns, quads, room.weights, kv_page, room.start, tiled, all, add);
+    output_products<V, Bits>(room.words, words, room.high, room.weights, room.start, 2 * rows, ahead, add);
 }
 
 // room.weights, unit and start of one query: P of chance * gain in two bytes.
@@ -192,56 +193,53 @@ inline void weigh_page(const KvAttentionCall& c, const KvQueries& q, const KvSpa
     }
 }
 
+// byte[n]: the byte of a row (of 3 bits, of its high plane) that column n of V's interleaved words is about, -1 where
+// none is. Found by interleaving bytes that are numbered from 1, digit by digit.
 template <class V>
-inline void unpack_keys(const KvAttentionCall& c, const KvQueries& q, int64_t rows, const uint8_t* page,
-                        const uint8_t* next, const KvRoom& room) {
-    const auto step = [&](auto bits) {
-        constexpr int b = decltype(bits)::value;
-        unpack_page<V, b, By::words>(page, next, c.head_dim, room);
-        score_page<V, b>(q, rows, room);
-    };
-    with_bits(c.bits_k, step);
-}
-
-template <class V>
-inline void unpack_values(const KvAttentionCall& c, int64_t rows, int64_t columns, const uint8_t* page,
-                          const uint8_t* next, const KvRoom& room) {
-    const auto step = [&](auto bits) {
-        constexpr int b = decltype(bits)::value;
-        unpack_page<V, b, By::columns>(page, next, c.head_dim_v, room);
-        add_page<V, b>(rows, columns, room);
-    };
-    with_bits(c.bits_v, step);
-}
-
-// byte[n]: the byte of a row that column n of V's interleaved words is about, -1 where none is. Found by interleaving
-// bytes that are numbered from 1, digit by digit. rows [4, bytes], words: room.
-template <class V>
-inline void find_order(int64_t bytes, int64_t columns, uint8_t* rows, uint32_t* words, int32_t* byte) {
+inline void find_order(int64_t bytes, int64_t columns, bool planes, const KvRoom& room, int32_t* byte) {
+    auto* rows = reinterpret_cast<uint8_t*>(room.chances); // [8, bytes], [8, 3, bytes] with planes
+    const int64_t stride = planes ? 3 * bytes : bytes;
     for (int64_t n = 0; n < columns; ++n)
         byte[n] = -1;
-    for (int64_t digit = 0, unit = 1; digit < 2; ++digit, unit *= 128) {
-        for (int64_t i = 0; i < bytes; ++i)
-            rows[i] = static_cast<uint8_t>((i + 1) / unit % 128);
-        for (int64_t row = 1; row < 4; ++row)
-            std::memcpy(rows + row * bytes, rows, static_cast<size_t>(bytes));
-        V::interleave(rows, bytes, bytes, words);
+    for (int digit = 0; digit < 2; ++digit) {
+        for (int64_t row = 0; row < 8 * stride; row += bytes)
+            for (int64_t i = 0; i < bytes; ++i)
+                rows[row + i] = static_cast<uint8_t>((i + 1) >> 7 * digit & 127);
+        if (planes)
+            V::interleave_planes(rows, stride, 2 * bytes, 2 * columns, room.words, room.high);
+        else
+            V::interleave(rows, stride, bytes, columns, room.high);
         for (int64_t n = 0; n < columns; ++n)
-            byte[n] += static_cast<int32_t>(unit * static_cast<int64_t>(words[n] & 127));
+            byte[n] += static_cast<int32_t>((room.high[n] & 127) << 7 * digit);
     }
 }
 
 // sums [rows, columns] in V's order to [rows, width]
 template <class V>
 inline void reorder(const KvAttentionCall& c, int64_t rows, int64_t columns, const KvRoom& room, float* to) {
-    const int64_t codes = kv_codes_of_byte(c.bits_v), inner = columns / codes;
-    auto* byte = reinterpret_cast<int32_t*>(room.codes);
-    find_order<V>(c.head_dim_v / codes, inner, room.nibbles, room.words, byte);
-    for (int64_t r = 0; r < rows; ++r, to += c.head_dim_v)
+    const int64_t codes = kv_codes_of_byte(c.bits_v), halves = c.bits_v == 3 ? 2 : 1;
+    const int64_t half = columns / codes / halves;
+    int32_t* byte = room.order;
+    find_order<V>(c.head_dim_v / codes / halves, half, halves == 2, room, byte);
+    for (int64_t r = 0; r < rows; ++r, to += c.head_dim_v) {
+        const float* sums = room.sums + r * columns;
         for (int64_t s = 0; s < codes; ++s)
-            for (int64_t n = 0; n < inner; ++n)
-                if (byte[n] >= 0)
-                    to[byte[n] * codes + s] = room.sums[r * columns + s * inner + n];
+            for (int64_t odd = 0; odd < halves; ++odd, sums += half)
+                for (int64_t n = 0; n < half; ++n)
+                    if (const int64_t at = byte[n]; at >= 0)
+                        to[(at * halves + odd) * codes + s] = sums[n];
+    }
+}
+
+// The lines of a page's codes.
+inline KvAhead page_ahead(const KvAttentionCall& c, int64_t page) {
+    const int64_t k_page = kv_page * kv_row_bytes(c.head_dim, c.bits_k);
+    const int64_t v_page = kv_page * kv_row_bytes(c.head_dim_v, c.bits_v);
+    for (const uint16_t* gain : {c.k_gain + page * kv_page, c.v_gain + page * kv_page})
+        for (int64_t i = 0; i < kv_page; i += 32)
+            __builtin_prefetch(gain + i, 0, 3);
+    const uint8_t *k = c.k_codes + page * k_page, *v = c.v_codes + page * v_page;
+    return {{k, k + k_page}, {v, v + v_page}};
 }
 
 template <class V>
@@ -260,10 +258,9 @@ void attend_page_range(const KvAttentionCall& c, const KvQueries& q, int64_t row
     alignas(64) float k_gain[kv_page], v_gain[kv_page];
     for (int64_t token = first; token < last; token += kv_page) {
         const int64_t n = last - token < kv_page ? last - token : kv_page, page = page_at(token);
-        const bool more = token + kv_page < last;
-        const int64_t after = more ? page_at(token + kv_page) : 0;
-        const uint8_t* next_k = more ? c.k_codes + after * k_page : nullptr;
-        const uint8_t* next_v = more ? c.v_codes + after * v_page : nullptr;
+        KvAhead ahead{};
+        if (token + kv_page < last)
+            ahead = page_ahead(c, page_at(token + kv_page));
         for (int64_t t = 0; t < kv_page; t += V::lanes) {
             const auto gain_at = [&](const uint16_t* gains) {
                 return V::load(reinterpret_cast<const Fp16*>(gains + page * kv_page + t));
@@ -271,7 +268,11 @@ void attend_page_range(const KvAttentionCall& c, const KvQueries& q, int64_t row
             V::store(k_gain + t, gain_at(c.k_gain));
             V::store(v_gain + t, gain_at(c.v_gain));
         }
-        unpack_keys<V>(c, q, rows, c.k_codes + page * k_page, next_k, room);
+        with_bits(c.bits_k, [&](auto bits) {
+            constexpr int b = decltype(bits)::value;
+            transpose_keys<V, b>(c.k_codes + page * k_page, c.head_dim, room, ahead);
+            score_page<V, b>(q, rows, room, ahead);
+        });
         with_bits(c.bits_v, [&](auto v_bits) {
             const int32_t offset = level_offset<V, decltype(v_bits)::value>;
             with_bits(c.bits_k, [&](auto k_bits) {
@@ -279,7 +280,12 @@ void attend_page_range(const KvAttentionCall& c, const KvQueries& q, int64_t row
                                                        to);
             });
         });
-        unpack_values<V>(c, rows, columns, c.v_codes + page * v_page, next_v, room);
+        with_bits(c.bits_v, [&](auto bits) {
+            constexpr int b = decltype(bits)::value;
+            interleave_values<V, b>(c.v_codes + page * v_page, c.head_dim_v, room, ahead);
+            add_page<V, b>(rows, c.head_dim_v, room, ahead);
+        });
+        ahead.rest();
     }
     reorder<V>(c, rows, columns, room, to.sums);
 }

@@ -10,7 +10,7 @@ struct KvNeon : Neon {
     struct Ints {
         int32x4_t a, b;
     };
-    static constexpr int tile_rows = 4, tile_columns = 2;
+    static constexpr int tile_rows = 4, tile_sums = 8;
     // the dot product takes signed bytes on both sides: codes of 8 bits are kept less 128
     static constexpr bool signed_bytes = true;
 
@@ -35,7 +35,10 @@ struct KvNeon : Neon {
         const int32x4_t m = vreinterpretq_s32_u32(vdupq_n_u32(mask));
         return {vandq_s32(i.a, m), vandq_s32(i.b, m)};
     }
-    static Ints either(Ints a, Ints b) { return {vorrq_s32(a.a, b.a), vorrq_s32(a.b, b.b)}; }
+    static Ints with_bits_of(Ints low, Ints x, uint32_t mask) {
+        const Ints high = both(x, mask);
+        return {vorrq_s32(low.a, high.a), vorrq_s32(low.b, high.b)};
+    }
     static Ints flip_signs(Ints i) {
         const int32x4_t m = vreinterpretq_s32_u8(vdupq_n_u8(128));
         return {veorq_s32(i.a, m), veorq_s32(i.b, m)};
@@ -54,58 +57,92 @@ struct KvNeon : Neon {
         vst1_s8(to, vmovn_s16(shorts));
     }
 
-    // words [4, 64] (columns 0..7) of 16 bytes of 8 rows
+    // words [4, 64] (columns 0..7) of 16 bytes of 8 rows; paired: of the even bytes of eight, then of the odd ones
+    template <bool Paired>
     static void transpose(const uint8_t* rows, int64_t stride, uint32_t* to) {
         for (int half = 0; half < 2; ++half, rows += 4 * stride, to += 4) {
-            const uint32x4_t a = load_words(rows), b = load_words(rows + stride), c = load_words(rows + 2 * stride),
-                             d = load_words(rows + 3 * stride);
-            const uint64x2_t ab = vreinterpretq_u64_u32(vtrn1q_u32(a, b)), cd = vreinterpretq_u64_u32(vtrn1q_u32(c, d));
-            const uint64x2_t ab_odd = vreinterpretq_u64_u32(vtrn2q_u32(a, b)),
-                             cd_odd = vreinterpretq_u64_u32(vtrn2q_u32(c, d));
-            vst1q_u32(to, vreinterpretq_u32_u64(vtrn1q_u64(ab, cd)));
-            vst1q_u32(to + 64, vreinterpretq_u32_u64(vtrn1q_u64(ab_odd, cd_odd)));
-            vst1q_u32(to + 128, vreinterpretq_u32_u64(vtrn2q_u64(ab, cd)));
-            vst1q_u32(to + 192, vreinterpretq_u32_u64(vtrn2q_u64(ab_odd, cd_odd)));
+            uint32x4_t w[4];
+            transposed<Paired>(rows, stride, w);
+            for (int i = 0; i < 4; ++i)
+                vst1q_u32(to + 64 * i, w[i]);
         }
     }
+    template <bool Paired>
     static void transpose_part(const uint8_t* rows, int64_t stride, int bytes, uint32_t* to) {
-        uint32_t part[8][4] = {};
+        uint8_t part[8][16] = {};
         for (int row = 0; row < 8; ++row)
             std::memcpy(part[row], rows + row * stride, static_cast<size_t>(bytes));
-        for (int word = 0; 4 * word < bytes; ++word)
-            for (int row = 0; row < 8; ++row)
-                to[64 * word + row] = part[row][word];
-    }
-
-    // words [bytes in steps of 16] of four rows
-    static void interleave(const uint8_t* rows, int64_t stride, int64_t bytes, uint32_t* to) {
-        for (; bytes >= 16; rows += 16, bytes -= 16, to += 16)
-            vst4q_u8(reinterpret_cast<uint8_t*>(to), {{vld1q_u8(rows), vld1q_u8(rows + stride),
-                                                       vld1q_u8(rows + 2 * stride), vld1q_u8(rows + 3 * stride)}});
-        if (bytes > 0) {
-            uint8_t part[4][16] = {};
-            for (int row = 0; row < 4; ++row)
-                std::memcpy(part[row], rows + row * stride, static_cast<size_t>(bytes));
-            vst4q_u8(reinterpret_cast<uint8_t*>(to),
-                     {{vld1q_u8(part[0]), vld1q_u8(part[1]), vld1q_u8(part[2]), vld1q_u8(part[3])}});
+        for (int half = 0; half < 2; ++half, to += 4) {
+            uint32x4_t w[4];
+            transposed<Paired>(part[4 * half], 16, w);
+            for (int i = 0; i < (Paired ? (bytes + 7) / 8 * 2 : (bytes + 3) / 4); ++i)
+                vst1q_u32(to + 64 * i, w[i]);
         }
     }
 
-    // the low and the high four bits of each byte as bytes of their own
-    static void nibbles(const uint8_t* from, int64_t bytes, uint8_t* to) {
-        int64_t i = 0;
-        for (; i + 8 <= bytes; i += 8) {
-            const uint8x8_t x = vld1_u8(from + i);
-            vst2_u8(to + 2 * i, {{vand_u8(x, vdup_n_u8(15)), vshr_n_u8(x, 4)}});
-        }
-        for (; i < bytes; ++i) {
-            to[2 * i] = from[i] & 15;
-            to[2 * i + 1] = from[i] >> 4;
-        }
+    // words [2, columns] of four rows each, of eight rows of `bytes`
+    static void interleave(const uint8_t* rows, int64_t stride, int64_t bytes, int64_t columns, uint32_t* to) {
+        for (int half = 0; half < 2; ++half)
+            for (int64_t k = 0; k < bytes; k += 16)
+                interleave16(rows + 4 * half * stride + k, stride, bytes - k, to + half * columns + k);
+    }
+
+    // low [2, columns]: words of even bytes, then those of odd ones; high [2, columns / 2]: words of the bytes after
+    // the first plane's
+    static void interleave_planes(const uint8_t* rows, int64_t stride, int64_t bytes, int64_t columns, uint32_t* low,
+                                  uint32_t* high) {
+        for (int half = 0; half < 2; ++half)
+            for (int64_t k = 0; 2 * k < bytes; k += 16) {
+                const uint8_t* from = rows + 4 * half * stride;
+                uint8x16x4_t even, odd;
+                for (int row = 0; row < 4; ++row) {
+                    const uint8_t* at = from + row * stride + 2 * k;
+                    uint8_t part[32] = {};
+                    if (bytes - 2 * k < 32)
+                        at = static_cast<const uint8_t*>(std::memcpy(part, at, static_cast<size_t>(bytes - 2 * k)));
+                    const uint8x16x2_t both_kinds = vld2q_u8(at);
+                    even.val[row] = both_kinds.val[0], odd.val[row] = both_kinds.val[1];
+                }
+                uint32_t* to = low + half * columns + k;
+                vst4q_u8(reinterpret_cast<uint8_t*>(to), even);
+                vst4q_u8(reinterpret_cast<uint8_t*>(to + columns / 2), odd);
+                interleave16(from + bytes + k, stride, bytes / 2 - k, high + half * (columns / 2) + k);
+            }
     }
 
   private:
-    static uint32x4_t load_words(const uint8_t* from) { return vreinterpretq_u32_u8(vld1q_u8(from)); }
+    template <bool Paired>
+    static uint32x4_t load_words(const uint8_t* from) {
+        uint8x16_t x = vld1q_u8(from);
+        if (Paired) {
+            static constexpr uint8_t order[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+            x = vqtbl1q_u8(x, vld1q_u8(order));
+        }
+        return vreinterpretq_u32_u8(x);
+    }
+    template <bool Paired>
+    static void transposed(const uint8_t* rows, int64_t stride, uint32x4_t* w) {
+        const uint32x4_t a = load_words<Paired>(rows), b = load_words<Paired>(rows + stride),
+                         c = load_words<Paired>(rows + 2 * stride), d = load_words<Paired>(rows + 3 * stride);
+        const uint64x2_t ab = vreinterpretq_u64_u32(vtrn1q_u32(a, b)), cd = vreinterpretq_u64_u32(vtrn1q_u32(c, d));
+        const uint64x2_t ab_odd = vreinterpretq_u64_u32(vtrn2q_u32(a, b)),
+                         cd_odd = vreinterpretq_u64_u32(vtrn2q_u32(c, d));
+        w[0] = vreinterpretq_u32_u64(vtrn1q_u64(ab, cd));
+        w[1] = vreinterpretq_u32_u64(vtrn1q_u64(ab_odd, cd_odd));
+        w[2] = vreinterpretq_u32_u64(vtrn2q_u64(ab, cd));
+        w[3] = vreinterpretq_u32_u64(vtrn2q_u64(ab_odd, cd_odd));
+    }
+    // up to 16 bytes of four rows
+    static void interleave16(const uint8_t* rows, int64_t stride, int64_t n, uint32_t* to) {
+        uint8_t part[4][16] = {};
+        if (n < 16) {
+            for (int row = 0; row < 4; ++row)
+                std::memcpy(part[row], rows + row * stride, static_cast<size_t>(n));
+            rows = part[0], stride = 16;
+        }
+        vst4q_u8(reinterpret_cast<uint8_t*>(to), {{vld1q_u8(rows), vld1q_u8(rows + stride), vld1q_u8(rows + 2 * stride),
+                                                   vld1q_u8(rows + 3 * stride)}});
+    }
     template <int Shift>
     static int32x4_t shifted(int32x4_t i) {
         if constexpr (Shift > 0)

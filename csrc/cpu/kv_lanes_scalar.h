@@ -10,7 +10,7 @@ struct KvScalar : Scalar {
     struct Ints {
         uint32_t at[lanes];
     };
-    static constexpr int tile_rows = 2, tile_columns = 2;
+    static constexpr int tile_rows = 2, tile_sums = 4;
     static constexpr bool signed_bytes = false;
 
     static Ints all_ints(int32_t i) {
@@ -36,10 +36,10 @@ struct KvScalar : Scalar {
             x &= mask;
         return i;
     }
-    static Ints either(Ints a, const Ints& b) {
+    static Ints with_bits_of(Ints low, const Ints& x, uint32_t mask) {
         for (int i = 0; i < lanes; ++i)
-            a.at[i] |= b.at[i];
-        return a;
+            low.at[i] |= x.at[i] & mask;
+        return low;
     }
     static Ints flip_signs(Ints i) { return i; }
     template <bool Wide>
@@ -67,34 +67,48 @@ struct KvScalar : Scalar {
             to[i] = static_cast<int8_t>(whole.at[i]);
     }
 
-    // words [4, 64] (columns 0..7) of 16 bytes of 8 rows
-    static void transpose(const uint8_t* rows, int64_t stride, uint32_t* to) { transpose_part(rows, stride, 16, to); }
+    // words [4, 64] (columns 0..7) of 16 bytes of 8 rows; paired: of the even bytes of eight, then of the odd ones
+    template <bool Paired>
+    static void transpose(const uint8_t* rows, int64_t stride, uint32_t* to) {
+        transpose_part<Paired>(rows, stride, 16, to);
+    }
+    template <bool Paired>
     static void transpose_part(const uint8_t* rows, int64_t stride, int bytes, uint32_t* to) {
-        for (int word = 0; 4 * word < bytes; ++word)
+        const int words = Paired ? (bytes + 7) / 8 * 2 : (bytes + 3) / 4;
+        for (int word = 0; word < words; ++word)
             for (int row = 0; row < lanes; ++row) {
                 uint32_t x = 0;
-                for (int i = 0; i < 4 && 4 * word + i < bytes; ++i)
-                    x |= static_cast<uint32_t>(rows[row * stride + 4 * word + i]) << 8 * i;
+                for (int i = 0; i < 4; ++i) {
+                    const int byte = Paired ? 8 * (word / 2) + 2 * i + word % 2 : 4 * word + i;
+                    x |= byte < bytes ? static_cast<uint32_t>(rows[row * stride + byte]) << 8 * i : 0;
+                }
                 to[64 * word + row] = x;
             }
     }
 
-    // words [bytes in steps of 16] of four rows
-    static void interleave(const uint8_t* rows, int64_t stride, int64_t bytes, uint32_t* to) {
-        const int64_t columns = (bytes + 15) / 16 * 16;
-        for (int64_t k = 0; k < columns; ++k) {
-            to[k] = 0;
-            for (int row = 0; row < 4 && k < bytes; ++row)
-                to[k] |= static_cast<uint32_t>(rows[row * stride + k]) << 8 * row;
-        }
+    // words [2, columns] of four rows each, of eight rows of `bytes`
+    static void interleave(const uint8_t* rows, int64_t stride, int64_t bytes, int64_t columns, uint32_t* to) {
+        every_byte(rows, stride, bytes, 1, columns, columns, to);
+    }
+    // low [2, columns]: words of even bytes, then those of odd ones; high [2, columns / 2]: words of the bytes after
+    // the first plane's
+    static void interleave_planes(const uint8_t* rows, int64_t stride, int64_t bytes, int64_t columns, uint32_t* low,
+                                  uint32_t* high) {
+        every_byte(rows, stride, bytes / 2, 2, columns / 2, columns, low);
+        every_byte(rows + 1, stride, bytes / 2, 2, columns / 2, columns, low + columns / 2);
+        every_byte(rows + bytes, stride, bytes / 2, 1, columns / 2, columns / 2, high);
     }
 
-    // the low and the high four bits of each byte as bytes of their own
-    static void nibbles(const uint8_t* from, int64_t bytes, uint8_t* to) {
-        for (int64_t i = 0; i < bytes; ++i) {
-            to[2 * i] = from[i] & 15;
-            to[2 * i + 1] = from[i] >> 4;
-        }
+  private:
+    // words [2, columns], `apart` words from one to the other, of `bytes` bytes that are `step` apart
+    static void every_byte(const uint8_t* rows, int64_t stride, int64_t bytes, int64_t step, int64_t columns,
+                           int64_t apart, uint32_t* to) {
+        for (int half = 0; half < 2; ++half, rows += 4 * stride, to += apart)
+            for (int64_t k = 0; k < columns; ++k) {
+                to[k] = 0;
+                for (int row = 0; row < 4 && k < bytes; ++row)
+                    to[k] |= static_cast<uint32_t>(rows[row * stride + k * step]) << 8 * row;
+            }
     }
 };
 

@@ -34,6 +34,7 @@
 #define BP_GLOBAL __global__
 #define BP_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define BP_UNROLL _Pragma("unroll")
+#define BP_ROLLED _Pragma("unroll 1")
 // uint8_t* NAME to the dynamic shared memory of the block; 128 bytes are one row of the 32 banks
 #define BP_DYNAMIC_SHARED(name)                                                                                        \
     extern __shared__ __align__(128) uint8_t bp_dynamic_shared[];                                                      \
@@ -136,6 +137,13 @@ BP_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
                  : "memory");
+}
+
+// Transposes an 8x8 matrix of 16-bit values: lane 4 g + t gives (g; 2t, 2t+1) and gets (2t, 2t+1; g).
+BP_DEVICE uint32_t movmatrix(uint32_t a) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
 }
 
 // --- bits
@@ -351,6 +359,12 @@ BP_DEVICE float rcp_approx(float a) {
 }
 BP_DEVICE float exp_approx(float a) {
     return exp2_approx(a * 1.44269504f);
+}
+
+// --- fp64
+
+BP_DEVICE double sqrt(double a) {
+    return __dsqrt_rn(a);
 }
 
 // --- among the 32 lanes of a warp, all of which take part

@@ -312,6 +312,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown dtype": (("--dtype", "float31"), "'float31'"),
     "unknown device": (("--device", "abacus"), "abacus"),
     "device meta": (("--device", "meta"), "meta"),
+    "no such GPU": (("--device", "cuda:99"), "CUDA devices; --device cpu"),
     "size is a word": (("--max-shard-size", "huge"), "'huge'"),
     "size is zero": (("--max-shard-size", "0"), "at least 1"),
     "size is negative": (("--max-shard-size", "-5GB"), "at least 1"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitpalette.calibrate import device
 from bitpalette.cli import main
 from bitpalette.kernel_bench import gpu_contenders, gpu_run
 from bitpalette.kernel_bench.gpu_contenders import TORCH
@@ -88,7 +89,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_run, "device_name", lambda device: NAME)
     monkeypatch.setattr(gpu_run, "Copier", lambda device: SimpleNamespace(bytes=1 << 30))
     monkeypatch.setattr("bitpalette.kernel_bench.gpu_rounds.l2_bytes", lambda device: 50 << 20)
-    monkeypatch.setattr(gpu_run, "choose_device", lambda name: torch.device("meta" if name == "cuda" else "cpu"))
+    monkeypatch.setattr(device, "choose_device", lambda name: torch.device("meta" if name == "cuda" else "cpu"))
     for module in (gpu_run, gpu_contenders):
         monkeypatch.setattr(module, "kernels", lambda: kernels)
     monkeypatch.setattr("bitpalette.kernel_bench.run.kernels", lambda: kernels)

@@ -24,7 +24,9 @@ def compilation() -> Callable[..., Compilation]:
     def make(
         model: Path, out: Path, *, sequences: int = 4, text: str = "builtin", plan: Plan | None = None, **options: Any
     ) -> Compilation:
-        own = {k: options.pop(k) for k in ("max_shard_bytes", "work", "stats", "dtype", "events") if k in options}
+        own = {
+            k: options.pop(k) for k in ("max_shard_bytes", "work", "stats", "dtype", "device", "events") if k in options
+        }
         return Compilation(
             open_source(model),
             plan or make_plan(**({"group_size": 16} | options)),

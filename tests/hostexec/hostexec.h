@@ -29,6 +29,7 @@ enum class Op {
     redux_max,
     redux_min,
     ldmatrix_x4,
+    movmatrix,
     mma_f16,
     mma_bf16,
     mma_s8

@@ -14,6 +14,7 @@
 #define BP_GLOBAL
 #define BP_LAUNCH_BOUNDS(threads, blocks)
 #define BP_UNROLL
+#define BP_ROLLED
 #define BP_DYNAMIC_SHARED(name) uint8_t* const name = ::hostexec::current.shared
 
 // CUDA's vector types, with CUDA's alignment
@@ -124,6 +125,12 @@ BP_DEVICE void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&
 }
 BP_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, Where where = Where::here()) {
     ::hostexec::ldmatrix_x4(r, row, where);
+}
+
+BP_DEVICE uint32_t movmatrix(uint32_t a, Where where = Where::here()) {
+    uint32_t d;
+    ::hostexec::collective(Op::movmatrix, &a, 1, &d, 1, where);
+    return d;
 }
 
 BP_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
@@ -295,6 +302,10 @@ BP_DEVICE float rcp_approx(float a) {
 }
 BP_DEVICE float exp_approx(float a) {
     return exp2_approx(a * 1.44269504f);
+}
+
+BP_DEVICE double sqrt(double a) {
+    return std::sqrt(a);
 }
 
 // One word from every lane, one word back

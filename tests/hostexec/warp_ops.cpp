@@ -75,6 +75,17 @@ void ldmatrix(Slots& slots) {
             slots[lane].out[i] = slots[8 * i + lane / 4].in[lane % 4];
 }
 
+// in[0]: (g; 2t, 2t+1) of the 8x8 matrix; out[0]: (2t, 2t+1; g)
+void transpose(Slots& slots) {
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        uint32_t pair = 0;
+        for (int j = 0; j < 2; ++j) // row 2t + j, column g
+            pair |= (slots[4 * (2 * t + j) + g / 2].in[0] >> 16 * (g % 2) & 0xffff) << 16 * j;
+        slots[lane].out[0] = pair;
+    }
+}
+
 template <class From>
 void exchange(Slots& slots, From from) {
     for (int lane = 0; lane < 32; ++lane) {
@@ -95,9 +106,9 @@ void reduce(Slots& slots, Join join) {
 } // namespace
 
 const char* name(Op op) {
-    static constexpr const char* names[] = {"sync_warp",   "shfl",      "shfl_down", "shfl_xor",
-                                            "ballot",      "redux_add", "redux_max", "redux_min",
-                                            "ldmatrix_x4", "mma_f16",   "mma_bf16",  "mma_s8"};
+    static constexpr const char* names[] = {"sync_warp", "shfl",      "shfl_down", "shfl_xor",    "ballot",
+                                            "redux_add", "redux_max", "redux_min", "ldmatrix_x4", "movmatrix",
+                                            "mma_f16",   "mma_bf16",  "mma_s8"};
     return names[static_cast<int>(op)];
 }
 
@@ -133,6 +144,9 @@ void execute(Op op, Slots& slots) {
         break;
     case Op::ldmatrix_x4:
         ldmatrix(slots);
+        break;
+    case Op::movmatrix:
+        transpose(slots);
         break;
     case Op::mma_f16:
         mma_16bit(slots, half_value);

@@ -176,13 +176,14 @@ def test_capture_on_a_stream_that_was_never_used(
     assert torch.equal(y, layer(static))
 
 
-def test_a_new_layer_in_a_capture(cuda_kernel: Any, gpu: torch.device, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("n", [1536, 1600])  # 1600 = 25 * 64: a Hartley matrix that no layer had before
+def test_a_new_layer_in_a_capture(cuda_kernel: Any, n: int, gpu: torch.device, monkeypatch: Any) -> None:
     """Prepared, but never called: what its first call sets up is allowed while a stream is captured."""
     monkeypatch.setenv(FORCE_VARIABLE, "cuda")
     layer_on(gpu, LAYERS[0][0])(torch.randn(1, 1536, device=gpu).half())  # some layer ran on this device
-    layer = layer_on(gpu, LAYERS[0][0], seed=1)
+    layer = layer_on(gpu, LAYERS[0][0] if n == 1536 else LAYERS[1][0], n=n, seed=1)
     layer.prepare()
-    static = torch.randn(9, 1536, device=gpu).half()
+    static = torch.randn(9, n, device=gpu).half()
     graph, y = captured(lambda: layer(static))
     graph.replay()
     torch.cuda.synchronize(gpu)

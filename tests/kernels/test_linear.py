@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitpalette.kernels import linear as module_of_linear
 from bitpalette.kernels.base import FORCE_VARIABLE, KernelError
 from bitpalette.kernels.embedding import QuantEmbedding
 from bitpalette.kernels.linear import QuantLinear
@@ -111,6 +112,17 @@ def test_prepare_leaves_one_copy_in_memory(values: dict) -> None:
     assert held <= canonical * 1.1  # cpu_int keeps zero points as bytes
     if not kernels()[linear.kernel_names["weight"]].canonical:
         assert "weight" not in dict(linear.named_buffers())
+
+
+def test_prepare_makes_the_transforms(values: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first call makes none: on a GPU it may be one that is captured."""
+    linear = layer(values)
+    tied = QuantLinear(IN, OUT, False, linear.scheme)
+    tied.tie(QuantEmbedding.from_tensor(quantized(values)))
+    for prepared in (linear, tied):
+        prepared.prepare()
+    monkeypatch.setattr(module_of_linear, "transforms_of", lambda *args: pytest.fail("made at the first call"))
+    assert linear(torch.randn(2, IN)).shape == tied(torch.randn(2, IN)).shape == (2, OUT)
 
 
 def test_load_state_dict_into_a_prepared_layer(values: dict) -> None:

@@ -12,7 +12,15 @@ import torch
 from bitpalette.kernels import base, measured_choice
 from bitpalette.kernels.base import FORCE_VARIABLE, KernelError, choose
 from bitpalette.kernels.cache_folder import CACHE_VARIABLE
-from bitpalette.kernels.measured_choice import CLASSES, choice_file, choice_key, fastest, store_times, token_class
+from bitpalette.kernels.measured_choice import (
+    CLASSES,
+    DEQUANTIZE,
+    choice_file,
+    choice_key,
+    fastest,
+    store_times,
+    token_class,
+)
 from bitpalette.quant.int import IntScheme
 from bitpalette.quant.scheme import Scheme
 
@@ -134,3 +142,29 @@ def test_a_damaged_table_is_said_once(content: str, capsys: pytest.CaptureFixtur
 
 def test_classes_rise() -> None:
     assert list(CLASSES) == sorted(set(CLASSES))
+
+
+def test_from_where_on_dequantizing_is_faster() -> None:
+    def most() -> int:
+        return measured_choice.most_tokens(INT4, SHAPE, GPU, "cuda", 256)
+
+    def measured(**faster: str) -> None:
+        times = {"cuda": {"cuda": 10.0, DEQUANTIZE: 20.0}, "dequantize": {"cuda": 20.0, DEQUANTIZE: 10.0}}
+        store_times(NAME, {(KEY, int(tokens[1:])): times[name] for tokens, name in faster.items()})
+
+    assert most() == 256
+    measured(t1="cuda", t64="cuda", t512="dequantize")  # 512 is beyond what a GEMM takes
+    assert most() == 256
+    measured(t256="cuda")
+    assert most() == 256
+    measured(t256="dequantize")
+    assert most() == 128  # the class of 256 begins there
+    measured(t128="dequantize")
+    assert most() == 64
+    measured(t8="dequantize")  # slower once more tokens come, so it is no reason to begin at 8
+    assert most() == 64
+    measured(t64="dequantize", t1="dequantize")
+    assert most() == 0
+    assert measured_choice.most_tokens(INT4, (4096, 4097), GPU, "cuda", 256) == 256
+    assert measured_choice.most_tokens(INT4, SHAPE, GPU, "another", 256) == 256
+    assert measured_choice.most_tokens(INT4, SHAPE, torch.device("cpu"), "cuda", 256) == 256

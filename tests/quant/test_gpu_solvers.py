@@ -77,13 +77,14 @@ def test_a_solver(scheme: dict[str, Any], solver: str, gpu: torch.device) -> Non
     assert float(same) >= 0.9 or solver != "rtn", float(same)
 
 
-@pytest.mark.xfail(strict=True, reason="calibrate/collect.py sums on the CPU: Moment takes no device")
 def test_collecting_a_hessian(gpu: torch.device) -> None:
     from bitpalette.calibrate.collect import Moment
 
     x = torch.randn(300, IN)
-    want, got = Moment(IN), Moment(IN)
+    want, got = Moment(IN), Moment(IN, gpu)
     want.add(x)
     got.add(x.to(gpu))
-    difference = (got.stats().hessian.cpu() - want.stats().hessian).abs().max()
+    stats = got.stats()
+    assert stats.hessian.device == stats.absmean.device == gpu
+    difference = (stats.hessian.cpu() - want.stats().hessian).abs().max()
     assert float(difference) <= 1e-4

@@ -1,0 +1,12 @@
+// Attention over the packed cache, head_dim up to 128.
+#include "kv_attention_launch.cuh"
+
+namespace bitpalette {
+
+int kv_attention_128(const KvAttentionArgs& args, int shared_limit, void* stream) {
+    if (args.group * args.tokens <= 8)
+        return kv_start_few<128>(args, shared_limit, stream);
+    return kv_start<128, 2, 0, 0>(args, shared_limit, stream);
+}
+
+} // namespace bitpalette

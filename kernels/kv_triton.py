@@ -1,0 +1,369 @@
+"""The packed KV cache by Triton: launchers of triton_device/kv_*.py.
+
+Over pages queries are float16, divided by their largest; codes are exact, weights float16, sums float32. The same launch
+gives the same bits from run to run. Nothing here waits for the device, and nothing is allocated but by torch: calls can
+be captured in a CUDA graph once they have been made before it, which compiles them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..quant.hartley import odd_part
+from ..quant.kv_format import PAGE, KVError, KVFormat
+from ..quant.kv_token import GAIN_MOST, STEP, packed_bytes, rotate
+from .kv_cpu import BITS, MOST_TOKENS, Dense, Pages, _check, _check_dense
+from .kv_parts import parts_of
+from .kv_rows import KVRows
+from .triton_runtime import interpreting, on_device, why_no_triton, why_not_device
+
+MOST_HEAD_DIM = 256
+"""A program holds the output of 16 rows and a tile of 16-bit keys in registers; with more it would spill."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+KEY_WORD = {2: torch.int16, 3: torch.int16, 4: torch.int32, 8: torch.int32}
+VALUE_WORD = {2: torch.uint8, 3: torch.uint8, 4: torch.int16, 8: torch.int16}
+"""What rows of codes are read as (triton_device/kv_codes.py)."""
+
+WRITTEN_WORD = {2: torch.uint8, 3: torch.uint8, 4: torch.int16, 8: torch.int32}
+"""What they are written as: four codes, of 3 bits the low two of four."""
+
+NO_SLIDING = 1 << 30
+MOST_SPLITS = 128
+LEAST_PAGES = 4
+"""Of a split: 256 tokens, some 16 KB of 4-bit keys and values of 64 channels, are worth a program."""
+
+
+@dataclass(frozen=True)
+class KVLaunch:
+    """block_m: query rows a program; block_t: tokens of a step over 16-bit parts; splits: programs that share a row's
+    pages, one more has the rest of it."""
+
+    block_m: int
+    block_t: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def launch_for(
+    batch: int, kv_heads: int, rows: int, pages: int, head_dim: int, processors: int, itemsize: int = 2
+) -> KVLaunch:
+    """How attention is launched. rows: query heads of a kv head times new tokens; pages: that a row has room for, not
+    those that it has; processors: the GPU's multiprocessors, of which each gets four programs where there is work.
+    itemsize: of 16-bit parts, 4 in float32."""
+    block_m = next((block for block in (16, 32) if rows <= block), 64)
+    programs = batch * kv_heads * -(-rows // block_m)
+    splits = min(-(-4 * processors // programs), -(-pages // LEAST_PAGES), MOST_SPLITS)
+    # a plane of D / 4 value channels is shared among the warps in pieces of 8
+    warps = 4 if head_dim > 64 or block_m > 16 else 2
+    block_t = 32 if head_dim <= 128 and itemsize == 2 else 16
+    return KVLaunch(block_m, block_t, max(1, splits), warps, stages=3)
+
+
+class KVTriton:
+    """Attention and append on a GPU, or on a CPU under TRITON_INTERPRET=1."""
+
+    def why_not(self, form: KVFormat, head_dim: int, head_dim_v: int) -> str | None:
+        """None where caches of this form are for Triton here, else the reason in words."""
+        if not interpreting() and not torch.cuda.is_available():
+            return "Triton kernels run on a GPU, and torch sees none"
+        if (reason := why_no_triton()) is not None:
+            return reason
+        if form.kind != "token":
+            return f"Triton kernels have the kind 'token', not {form.kind!r}"
+        for side, bits, width in (("keys", form.bits_k, head_dim), ("values", form.bits_v, head_dim_v)):
+            if bits not in BITS:
+                return f"Triton kernels have {side} of {list(BITS)} bits, not {bits}"
+            if width < 8 or width % 8 or width > MOST_HEAD_DIM:
+                return f"Triton kernels have {side} with a head_dim in steps of 8 up to {MOST_HEAD_DIM}, not {width}"
+        return None
+
+    def attend(
+        self,
+        q: Tensor,
+        pages: Pages,
+        sinks: Dense | None = None,
+        window: Dense | None = None,
+        fresh: Dense | None = None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        start: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+        launch: KVLaunch | None = None,
+    ) -> Tensor:
+        """softmax(scale q K^T) V, still rotated: `out_dtype` [batch, heads, n, Dv] for q [batch, heads, n <= 16, D].
+
+        As `kv_cpu.KVCpu.attend`; lengths, block table and first slots are read on the device, and are not checked: a
+        row's tokens beyond its part's slots or its table's pages are not read. launch: None for `launch_for`'s. A part
+        may be of another dtype than its queries: 16-bit keys meet queries of 11 bits (float16) or 16 (bfloat16).
+        ValueError for sizes that cannot be.
+        """
+        from .triton_device.kv_attention import attention_kernel
+        from .triton_device.kv_combine import combine_kernel
+
+        batch, heads, n, head_dim = q.shape
+        kv_heads = pages.k_codes.shape[1]
+        head_dim_v = pages.v_codes.shape[-1] * 8 // pages.bits_v
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads over {kv_heads} kv heads; a multiple is needed")
+        if not 1 <= n <= MOST_TOKENS:
+            raise ValueError(f"{n} new tokens; 1 to {MOST_TOKENS} at a time")
+        if (reason := why_not_device(q.device)) is not None:
+            raise ValueError(f"queries are on {q.device}, where Triton kernels do not run: {reason}")
+        _check(pages, batch, head_dim, head_dim_v)
+        dense = [part for part in (sinks, window, fresh) if part is not None]
+        dtype = dense[0].keys.dtype if dense else torch.float16
+        for part in dense:
+            _check_dense(part, dtype, batch, kv_heads, head_dim, head_dim_v)
+        q = q.contiguous()
+        rows = heads // kv_heads * n
+        if launch is None:
+            widest = max(head_dim, head_dim_v)
+            launch = launch_for(
+                batch, kv_heads, rows, pages.block_table.shape[1], widest, _processors(q.device), dtype.itemsize
+            )
+        splits = launch.splits + 1
+        parts = torch.empty(batch, kv_heads, splits, rows, head_dim_v, dtype=torch.float32, device=q.device)
+        most, sum = torch.empty(2, batch, kv_heads, splits, rows, dtype=torch.float32, device=q.device)
+        out = torch.empty(batch, heads, n, head_dim_v, dtype=out_dtype, device=q.device)
+        with on_device(q.device):
+            attention_kernel[splits, kv_heads * -(-rows // launch.block_m), batch](
+                q,
+                *_key_words(pages.k_codes, pages.bits_k),
+                pages.k_gain,
+                pages.v_codes.view(VALUE_WORD[pages.bits_v]),
+                pages.v_gain,
+                pages.block_table,
+                pages.lengths,
+                *_pointers(sinks),
+                *_pointers(window),
+                *_pointers(fresh),
+                start,
+                parts,
+                most,
+                sum,
+                kv_heads,
+                rows,
+                n,
+                pages.block_table.shape[1],
+                *_sizes(sinks),
+                *_sizes(window),
+                *_sizes(fresh),
+                float(scale),
+                float(softcap or 0.0),
+                min(sliding_window or NO_SLIDING, NO_SLIDING),
+                D=head_dim,
+                DV=head_dim_v,
+                BITS_K=pages.bits_k,
+                BITS_V=pages.bits_v,
+                HAS_SOFTCAP=softcap is not None,
+                BLOCK_M=launch.block_m,
+                WIDTH_K=padded_width(head_dim),
+                WIDTH_V=padded_width(head_dim_v),
+                BLOCK_T=launch.block_t,
+                STAGES=launch.stages,
+                enable_fp_fusion=True,
+                num_warps=launch.warps,
+            )
+            combine_kernel[rows, batch * kv_heads](
+                parts,
+                most,
+                sum,
+                sink_logits,
+                out,
+                kv_heads,
+                rows,
+                n,
+                splits,
+                DV=head_dim_v,
+                BLOCK=power_of_two(head_dim_v),
+                enable_fp_fusion=True,
+                num_warps=1,
+            )
+        return out
+
+    def attention(
+        self,
+        query: Tensor,
+        rows: KVRows,
+        new: tuple[Tensor, Tensor] | None,
+        skip: NDArray[np.int64],
+        scaling: float,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """What `kv_reference.attention` computes, for up to 16 new tokens: float32 [batch, heads, n, Dv]."""
+        if (reason := self.why_not(rows.form, rows.head_dim, rows.head_dim_v)) is not None:
+            raise KVError(f"{reason}; use kernels/kv_reference.py")
+        pages, sinks, window, fresh = parts_of(rows, new, skip, query.shape[2])
+        out = self.attend(
+            self.rotate(query, torch.float32),
+            pages,
+            sinks,
+            window,
+            fresh,
+            scale=scaling,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            sink_logits=sink_logits,
+        )
+        return self.rotate(out, torch.float32)
+
+    def append(
+        self,
+        x: Tensor,
+        slots: Tensor,
+        codes: Tensor,
+        gain: Tensor,
+        bits: int,
+        unbiased: bool,
+        mean: Tensor | None = None,
+        rotated: bool = True,
+    ) -> None:
+        """x [n, kv_heads, D] encoded into slots int64 [n] (page * 64 + token of the page) of codes uint8 [pages,
+        kv_heads, 64, D bits / 8] and gain fp16 [pages, kv_heads, 64], as `kv_token.encode` and `pack` do.
+
+        unbiased: keys. rotated: x is centered and rotated already; else R (x - mean), mean float32 [kv_heads, D], is
+        encoded. A token whose slot is not one of the pages', such as -1, is left out: slots are read on the device.
+        """
+        from .triton_device.kv_encode import append_kernel
+
+        n, kv_heads, head_dim = x.shape
+        expected = (codes.shape[0], kv_heads, PAGE, packed_bytes(head_dim, bits))
+        for name, t, shape, dtype in (
+            ("codes", codes, expected, torch.uint8),
+            ("gain", gain, expected[:3], torch.float16),
+            ("slots", slots, (n,), torch.int64),
+        ):
+            if tuple(t.shape) != shape or t.dtype != dtype or not t.is_contiguous():
+                raise ValueError(
+                    f"{name} is {t.dtype} {list(t.shape)}; contiguous {dtype} {list(shape)} is needed for x "
+                    f"{list(x.shape)} of {bits} bits"
+                )
+        if n:
+            x = _rows_contiguous(x)
+            vectors, block = n * kv_heads, _vectors(head_dim)
+            with on_device(x.device):
+                append_kernel[(-(-vectors // block),)](
+                    **_rotation(x, mean, not rotated),
+                    slots=slots,
+                    codes=codes.view(WRITTEN_WORD[bits]),
+                    gain=gain,
+                    SLOTS=codes.shape[0] * PAGE,
+                    step=STEP[bits],
+                    most_gain=GAIN_MOST,
+                    BITS=bits,
+                    UNBIASED=unbiased,
+                    ROTATE=not rotated,
+                    BLOCK=block,
+                    enable_fp_fusion=False,
+                    num_warps=WARPS,
+                )
+
+    def rotate(self, x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
+        """R (x - mean) over the last dimension of x [..., heads, D], the bits of `kv_token.rotate`, contiguous.
+
+        mean: float32 [heads, D], or None. dtype: of the result; None: that of x.
+        """
+        from .triton_device.kv_encode import rotate_kernel
+
+        if x.shape[-1] > MOST_HEAD_DIM:
+            raise ValueError(f"a rotation of {x.shape[-1]} channels; Triton kernels have up to {MOST_HEAD_DIM}")
+        y = torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
+        flat = x.reshape(-1, *x.shape[-2:]) if mean is not None else x.reshape(-1, 1, x.shape[-1])
+        if y.numel():
+            flat = _rows_contiguous(flat)
+            block = _vectors(x.shape[-1])
+            with on_device(x.device):
+                rotate_kernel[(-(-flat.shape[0] * flat.shape[1] // block),)](
+                    **_rotation(flat, mean, True), y=y, BLOCK=block, enable_fp_fusion=False, num_warps=WARPS
+                )
+        return y
+
+
+WARPS = 4
+
+
+def padded_width(head_dim: int) -> int:
+    """Channels of a row with padding: a matrix instruction multiplies 16 of a plane's."""
+    return max(64, power_of_two(head_dim))
+
+
+def power_of_two(n: int) -> int:
+    """The least that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
+def _vectors(head_dim: int) -> int:
+    """Vectors that a program of rotation or append has: eight numbers a thread."""
+    return max(1, 32 * WARPS * 8 // power_of_two(head_dim))
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _key_words(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Rows of codes as words, and as bytes where high bits are to be read too; as bytes twice where words do not fit."""
+    if bits == 3 and codes.shape[-1] % 2:
+        return codes, codes
+    return codes.view(KEY_WORD[bits]), codes if bits == 3 else None
+
+
+def _pointers(part: Dense | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if part is None else (part.keys, part.values, part.lengths, part.first)
+
+
+def _sizes(part: Dense | None) -> tuple[int, ...]:
+    """Slots, and strides of keys and values by batch, slot and head."""
+    return (0,) * 7 if part is None else (part.keys.shape[1], *part.keys.stride()[:3], *part.values.stride()[:3])
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x, copied where its last dimension has a stride or its dtype is none of the kernels'."""
+    x = x if x.dtype in FLOATS else x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rotation(x: Tensor, mean: Tensor | None, rotate: bool) -> dict[str, Any]:
+    """What kernels are told of vectors x [tokens, heads, D] and of R."""
+    if mean is not None and (mean.shape != x.shape[1:] or mean.dtype != torch.float32 or not mean.is_contiguous()):
+        raise ValueError(f"a mean {mean.dtype} {list(mean.shape)} for tokens {list(x.shape)}; float32 [heads, D]")
+    if (reason := why_not_device(x.device)) is not None:
+        raise ValueError(f"x is on {x.device}, where Triton kernels do not run: {reason}")
+    tokens, heads, width = x.shape
+    odd, log2 = odd_part(width)
+    return {
+        "x": x,
+        "mean": mean,
+        "matrix": _hartley(odd, x.device) if rotate and odd > 1 else None,
+        "VECTORS": tokens * heads,
+        "heads": heads,
+        "token_stride": x.stride(0),
+        "head_stride": x.stride(1),
+        "factor": 1 / math.sqrt(1 << log2),
+        "D": width,
+        "WIDTH": power_of_two(width),
+        "ODD": odd,
+        "LOG2": log2,
+    }
+
+
+@lru_cache(maxsize=64)
+def _hartley(odd: int, device: torch.device) -> Tensor:
+    """DHT_odd, float32 [odd, odd], symmetric: to the bit what `kv_token.rotate` multiplies by."""
+    with torch.inference_mode(False), torch.no_grad():
+        return rotate(torch.eye(odd, dtype=torch.float32, device="cpu")).to(device)
