@@ -20,6 +20,8 @@ from .quant.kv_plan import KVPlan
 
 PREPARE = "_prepare_cache_for_generation"
 PAST = "past_key_values"
+OPTIONS: dict[str | None, dict[str, bool]] = {None: {}, "static": {"static": True}, "offloaded": {"offloading": True}}
+"""Names of transformers' caches -> options of ours."""
 
 
 class CacheMaker:
@@ -108,15 +110,24 @@ def _maker(model: Any) -> CacheMaker | None:
 
 
 def _prepare_cache_for_generation(
-    self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> Any:
-    """transformers' method, with a packed cache where it would make a dynamic one without having been asked to."""
+    """transformers' method, with a packed cache where it would make a dynamic, static or offloaded one. Caches of other
+    names, "dynamic" among them where the call says so, are transformers' own."""
     maker = _maker(self)
-    own = getattr(self.generation_config, "cache_implementation", None)
-    asked = generation_config.cache_implementation not in (None, own)
-    if maker is None or asked or model_kwargs.get(PAST) is not None or generation_config.use_cache is False:
-        return getattr(type(self), PREPARE)(self, generation_config, model_kwargs, *args, **kwargs)
-    cache = model_kwargs[PAST] = maker.make(self.config)
+    kind = generation_config.cache_implementation
+    if kind == getattr(self.generation_config, "cache_implementation", None):
+        kind = None  # not of this call
+    if maker is None or kind not in OPTIONS or model_kwargs.get(PAST) is not None or not generation_config.use_cache:
+        given = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        return getattr(type(self), PREPARE)(self, *given)
+    tokens = max_cache_length if kind == "static" else 0
+    cache = model_kwargs[PAST] = QuantizedCache(self.config, maker.plan, tokens, **OPTIONS[kind])
     if generation_config.is_assistant:
         cache.activate_past_recording()
     return None

@@ -15,7 +15,9 @@ import bitpalette
 from bitpalette.formats.directory import DirectorySource
 from bitpalette.formats.kv_plan_file import KV_PLAN_NAME, StoredKVPlan, read_kv_plan, write_kv_plan
 from bitpalette.formats.manifest import is_complete, write_manifest
-from bitpalette.kv_cache import PackedLayer, QuantizedCache
+from bitpalette.kv_cache import QuantizedCache
+from bitpalette.kv_layer import PackedLayer
+from bitpalette.kv_static_layer import StaticPackedLayer
 from bitpalette.kv_use import apply_spec, drop_plan, plan_of, use_plan
 from bitpalette.quant.kv_format import KVError, KVFormat
 from bitpalette.quant.kv_plan import KVPlan
@@ -65,6 +67,7 @@ def forms(cache: Any) -> list[KVFormat]:
     return [layer.form for layer in cache.layers if isinstance(layer, PackedLayer)]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("load", [bitpalette.load, AutoModelForCausalLM.from_pretrained])
 def test_loading_uses_the_plan(with_plan: Path, load: Callable[..., Any]) -> None:
     model = load(str(with_plan)).eval()
@@ -79,6 +82,7 @@ def test_loading_uses_the_plan(with_plan: Path, load: Callable[..., Any]) -> Non
     assert torch.equal(out.sequences, expected.sequences)
 
 
+@torch.no_grad()
 def test_overrides(with_plan: Path) -> None:
     off = bitpalette.load(with_plan, kv="16")
     assert isinstance(generated(off).past_key_values, DynamicCache)
@@ -130,12 +134,17 @@ def test_not_in_training() -> None:
     out = model(input_ids=IDS, labels=IDS)
     assert not isinstance(out.past_key_values, QuantizedCache)
     out.loss.backward()
+    with pytest.raises(KVError, match=r"carry no gradients; use torch\.no_grad"):
+        model.eval()(input_ids=IDS)
+    assert model(input_ids=IDS, use_cache=False).logits.requires_grad
 
 
 def test_a_cache_that_is_asked_for_by_name_is_given() -> None:
     model = use_plan(llama(), plan())
     assert not isinstance(generated(model, cache_implementation="dynamic").past_key_values, QuantizedCache)
     assert not isinstance(generated(model, use_cache=False).past_key_values, QuantizedCache)
+    static = generated(model, cache_implementation="static", disable_compile=True).past_key_values
+    assert all(isinstance(layer, StaticPackedLayer) for layer in static.layers)
     model.generation_config.cache_implementation = "dynamic"  # of the checkpoint, not of the call
     assert isinstance(generated(model).past_key_values, QuantizedCache)
 
