@@ -62,11 +62,12 @@ def launch_for(
 ) -> KVLaunch:
     """How attention is launched. rows: query heads of a kv head times new tokens; pages: that a row has room for, not
     those that it has; processors: the GPU's multiprocessors; itemsize: of 16-bit parts, 4 in float32."""
-    # 64 channels are four planes of 16, all that one warp multiplies: a second does the same again, and is there only
-    # where float32 parts would spill
-    warps = 4 if head_dim > 64 else itemsize // 2
+    # 64 channels are four planes of 16, all that one warp multiplies: a second does the same again. Twice as many are
+    # there only where float32 parts would spill (of 256 channels 152 bytes; with eight warps 8 are left)
+    warps = 4 if head_dim > 64 else 1
+    warps *= 2 if itemsize == 4 and (head_dim <= 64 or head_dim > 128) else 1
     programs = batch * kv_heads * -(-rows // BLOCK_M)
-    resident = processors * (4 if warps == 4 else 8)
+    resident = processors * (4 if head_dim > 64 else 8)
     splits = min(-(-resident // programs), -(-pages // LEAST_PAGES), MOST_SPLITS)
     return KVLaunch(32 if head_dim <= 128 and itemsize == 2 else 16, max(1, splits), warps, stages=3)
 
