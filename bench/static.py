@@ -25,10 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from static_budget import budget, violations
+from static_budget import budget, main_loop, violations
 from static_compile import ARCHITECTURES, Compiled, ToolError, compile_source, compiler_version, sources
 from static_kernels import UnknownKernelError
-from static_sass import hot_loop
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static"
 
@@ -71,7 +70,7 @@ COLUMNS = [field.name for field in fields(Row)]
 
 def row(compiled: Compiled) -> Row:
     """The numbers of one kernel."""
-    kernel, loop, limit = compiled.kernel, hot_loop(compiled.code), budget(compiled.kernel)
+    kernel, loop, limit = compiled.kernel, main_loop(compiled), budget(compiled.kernel)
     fixed = Row(
         file=compiled.file,
         kernel=kernel.name,

@@ -11,7 +11,11 @@ trellis: no decoder of it keeps up with the memory at 2 bits, so its budget is i
 instructions, counted in a kernel of nothing else without its loads, and 0.5 for addresses, loads and copies. `_TRELLIS`
 has them.
 
-Both with 25 % on top. Only the kernels that wait for the memory have a budget: GEMMs of 8 tokens, and gemv_i8.
+kv_attention: as int, with the mean of the bits of keys and values; a weight is an element of a key or value. What a
+score costs (softmax, gains) is in it, and weighs twice as much at head_dim 64 as at 128.
+
+All with 25 % on top. Only the kernels that wait for the memory have a budget: GEMMs of 8 tokens, gemv_i8, and attention
+of up to 8 queries.
 """
 
 from __future__ import annotations
@@ -67,12 +71,20 @@ def _trellis(kernel: Kernel) -> Budget:
 def budget(kernel: Kernel) -> Budget | None:
     """What a kernel may take, None where it has no budget."""
     few = kernel.family in ("gemm", "gemm_w4a8") and kernel.tokens == 8
-    if not few and kernel.family != "gemv_i8":
+    if not few and kernel.family not in ("gemv_i8", "kv_attention"):
+        return None
+    if kernel.family == "kv_attention" and kernel.weights == 0:
         return None
     if kernel.format == "trellis":
         return _trellis(kernel)
     weights = MEMORY_RATE * 8 / kernel.bits  # a second
     return Budget(ALU_RATE / weights * MARGIN, ISSUE_RATE / weights * MARGIN)
+
+
+def main_loop(compiled: Compiled) -> Loop | None:
+    """Of attention over the cache: that over pages, of three loops with matrix instructions; of others the hot loop."""
+    kernel = compiled.kernel
+    return hot_loop(compiled.code, kernel.matrix if kernel.family == "kv_attention" else 0)
 
 
 def violations(compiled: Compiled) -> list[str]:
@@ -82,7 +94,7 @@ def violations(compiled: Compiled) -> list[str]:
 
 
 def _violations(compiled: Compiled) -> Iterator[str]:
-    kernel, loop = compiled.kernel, hot_loop(compiled.code)
+    kernel, loop = compiled.kernel, main_loop(compiled)
     if compiled.spill or compiled.stack:
         yield f"{compiled.spill} bytes spilled, {compiled.stack} bytes of stack; fewer registers must be live"
     if local := sum(i.name in LOCAL for i in compiled.code):

@@ -101,6 +101,12 @@ def kernel(demangled: str) -> Kernel:
         return Kernel(
             f"transform_input {DTYPES[dtype]} rows in {where}", "transform_input", order=(dtype, where == "global")
         )
+    if match := re.fullmatch(r"kv_attention_kernel<(\d+), (\d+), (\d+), (\d+)>", text):
+        return _kv_attention(*map(int, match.groups()))
+    if text == "kv_combine_kernel<0>":
+        return Kernel("kv_combine", "kv_combine")
+    if match := re.fullmatch(r"kv_append_kernel<(true|false)>", text):
+        return Kernel("kv_append" if match[1] == "true" else "kv_rotate", "kv_append", order=(match[1] == "false",))
     raise UnknownKernelError(f"no kernel is known by the name {demangled!r}: bench/static_kernels.py must learn it")
 
 
@@ -134,6 +140,29 @@ def _gemv(tile_words: int, vectors: int) -> Kernel:
     name = f"gemv_i8 trellis {_rate(bits)} {vectors} vector{'s' if vectors > 1 else ''}"
     weights = SUPERBLOCK * SUPERBLOCK // LANES
     return Kernel(name, "gemv_i8", "trellis", "int8", bits, vectors, weights=weights, order=(tile_words, vectors))
+
+
+KV_STEP = 32
+"""Tokens of a round of attention over the cache, each with a key and a value."""
+
+
+def _kv_attention(width: int, tiles: int, bits_k: int, bits_v: int) -> Kernel:
+    """A round of those that know their bits is counted; the others have a way through for each pair of bits."""
+    name = f"kv_attention {'any bits' if bits_k == 0 else f'k{bits_k}v{bits_v}'} head_dim {width} {8 * tiles} queries"
+    order = (width, tiles, bits_k, bits_v)
+    if bits_k == 0:
+        return Kernel(name, "kv_attention", type="fp16", tokens=8 * tiles, order=order)
+    return Kernel(
+        name,
+        "kv_attention",
+        "kv",
+        "fp16",
+        (bits_k + bits_v) / 2,
+        8 * tiles,
+        weights=2 * KV_STEP * width // LANES,
+        matrix=2 * KV_STEP // TILE * width // TILE * tiles,
+        order=order,
+    )
 
 
 def _rate(bits: float) -> str:

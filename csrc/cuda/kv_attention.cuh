@@ -139,7 +139,7 @@ class KvAttention {
             if (lane_ < 8) {
                 const uint16_t* gain = lane_ < 4 ? args_.k_gain : args_.v_gain;
                 uint8_t* gains = stage + kv_step * (row_bytes_k() + row_bytes_v());
-                ptx::cp_async16_once(gains + 16 * lane_, gain + row + lane_ % 4 * 8, true);
+                ptx::cp_async16(gains + 16 * lane_, gain + row + lane_ % 4 * 8, true);
             }
             next_ += warps_;
             if (next_ < last_)
@@ -158,11 +158,11 @@ class KvAttention {
             for (int k = 0; k < Width * Bits / 4; k += 32) {
                 const int i = k + lane_;
                 if (k + 32 <= Width * Bits / 4 || i < Width * Bits / 4)
-                    ptx::cp_async16_once(to + 16 * (i ^ (i >> shift << left & mask)), from + 16 * k, true);
+                    ptx::cp_async16(to + 16 * (i ^ (i >> shift << left & mask)), from + 16 * k, true);
             }
         } else {
             for (int i = lane_; i < 2 * row_bytes; i += 32, from += 16 * 32)
-                ptx::cp_async16_once(to + 16 * (i ^ (i >> shift << left & mask)), from, true);
+                ptx::cp_async16(to + 16 * (i ^ (i >> shift << left & mask)), from, true);
         }
     }
 
