@@ -132,11 +132,8 @@ class StaticRows(KVRows):
 
     def __init__(self, state: StaticState, form: KVFormat, kernel: KVKernel | None) -> None:
         self.form, self.dtype, self.device = form, state.sink_k.dtype, state.sink_k.device
-        self.kv_heads, self.head_dim, self.head_dim_v = (
-            state.sink_k.shape[2],
-            state.ring_k.shape[3],
-            state.ring_v.shape[3],
-        )
+        self.kv_heads, self.head_dim = state.ring_k.shape[2:]
+        self.head_dim_v = state.ring_v.shape[3]
         self.mean, self.encoder, self.native = None, kernel, None
         self.row_encoder = kernel if isinstance(kernel, RowEncoder) else None
         gains = [gain if gain.numel() or bits < 16 else None for gain, bits in _gains(state, form)]

@@ -110,17 +110,19 @@ def padded(n: int, padding: int) -> dict[str, Tensor]:
 
 
 def check_generates(model: Any, inputs: dict[str, Tensor], form: KVFormat = EXACT, **options: Any) -> None:
-    """The same tokens as with transformers' own attention and cache; static: most tokens of a cache of fixed size."""
+    """The same tokens as with transformers' own attention and cache, from the same logits but for their last bits: a
+    tiny model may repeat one token whatever it sees. static: most tokens of a cache of fixed size."""
     static = options.pop("static", 0)
-    options = GREEDY | options
+    options = GREEDY | {"return_dict_in_generate": True, "output_logits": True} | options
     dense = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **options)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     cache = QuantizedCache(model.config, form, static, static=static > 0)
     packed = model.generate(**inputs, past_key_values=cache, **options)
     model.set_attn_implementation(before)
-    assert torch.equal(dense, packed)
-    assert len(dense[0, -20:].unique()) > 2  # tokens that could have differed
+    assert torch.equal(dense.sequences, packed.sequences)
+    right, found = torch.stack(dense.logits), torch.stack(packed.logits)
+    assert ((found - right).abs() <= 1e-3 * right.std()).all()
 
 
 def logits(model: Any, cache: Any, tokens: Tensor, step: int, mask: Tensor | None = None) -> Tensor:

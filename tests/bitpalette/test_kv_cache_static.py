@@ -123,8 +123,7 @@ def test_a_prompt_inside_of_a_graph(model) -> None:
     assert (error.abs() <= 1e-3).all()
 
 
-@pytest.mark.parametrize("form", [SMALL, EXACT])
-@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize(("form", "padding"), [(SMALL, 7), pytest.param(EXACT, 0, marks=pytest.mark.slow)])
 def test_generate_compiles_it(form: KVFormat, padding: int, model) -> None:
     """As transformers does by itself on a GPU: the prompt in eager mode, then one graph."""
     inputs = padded(30, padding)
@@ -138,6 +137,7 @@ def test_generate_compiles_it(form: KVFormat, padding: int, model) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_shared_keys_in_one_graph() -> None:
     """The layer that owns the keys appends after the last that reads them."""
     torch._dynamo.reset()
