@@ -34,6 +34,7 @@ TESTS = (
     "tests/kernels/test_gpu_int8.py",
     "tests/kernels/test_gpu_inputs.py",
     "tests/kernels/test_gpu_streams.py",
+    "tests/kernels/test_gpu_kv.py",
     "tests/kernels/test_gpu_models.py",
     "tests/quant/test_gpu_solvers.py",
     "tests/csrc/test_trellis_cuda.py",
@@ -194,10 +195,17 @@ def sanitize(tool: str) -> Callable[[Run, str, float], dict[str, Any]]:
 
 
 def timings(run: Run, name: str, limit: float) -> dict[str, Any]:
-    file = run.logs / "timings.json"
+    return timed_by(run, name, limit, "gpu_kernels.py", min(TIMINGS_BUDGET, limit - 20))
+
+
+def cache_timings(run: Run, name: str, limit: float) -> dict[str, Any]:
+    return timed_by(run, name, limit, "gpu_kv.py", limit - 20)
+
+
+def timed_by(run: Run, name: str, limit: float, program: str, budget: float) -> dict[str, Any]:
+    file = run.logs / f"{name}.json"
     file.unlink(missing_ok=True)
-    budget = min(TIMINGS_BUDGET, limit - 20)
-    command = [sys.executable, "bench/gpu_kernels.py", "--budget", f"{budget:.0f}", "--json", str(file)]
+    command = [sys.executable, f"bench/{program}", "--budget", f"{budget:.0f}", "--json", str(file)]
     status, text = run.command(name, limit, [*command, "--dry"] if run.dry else command)
     print((run.logs / f"{name}.log").read_text(errors="replace"), flush=True)
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -207,7 +215,7 @@ def timings(run: Run, name: str, limit: float) -> dict[str, Any]:
 def imports(run: Run, name: str, limit: float) -> dict[str, Any]:
     """What the stages import, each in a process: pydantic and gguf need not be there."""
     failed = []
-    for module in ("gpu_kernels", "gpu_sanitize"):
+    for module in ("gpu_kernels", "gpu_kv", "gpu_sanitize"):
         command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'bench'); import {module}"]
         status, text = run.command(f"{name}-{module}", limit, command)
         if status != 0:
@@ -245,6 +253,7 @@ def main() -> int:
             ("imports", 120, imports),
             ("tests", 180, collect_tests),
             ("timings", 60, timings),
+            ("cache_timings", 60, cache_timings),
         ]
     else:
         stages = [
@@ -252,6 +261,7 @@ def main() -> int:
             ("tests", 210, run_tests),
             ("memcheck", 50, sanitize("memcheck")),
             ("racecheck", 60, sanitize("racecheck")),
+            ("cache_timings", 70, cache_timings),
             ("timings", 230, timings),
         ]
     for name, limit, work in stages:

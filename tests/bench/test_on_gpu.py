@@ -57,7 +57,7 @@ def test_dry_without_pydantic_and_gguf(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out" / "gpu-dry.json").read_text())
     assert found["complete"] and found["failed"] == [] and found["about"]["commit"] == "abc1234"
-    assert list(found["stages"]) == ["imports", "tests", "timings"]
+    assert list(found["stages"]) == ["imports", "tests", "timings", "cache_timings"]
     assert found["stages"]["tests"]["collected"] > 500
 
 

@@ -39,8 +39,8 @@ def check(executor: Any, defines: list[str]) -> None:
     kv = cases()
     library = executor.build([CUDA / "kv_attention.cu", HERE / "kv_one_entry.cpp"], defines=defines)
     # 3 splits of pages: 12 warps, 40 half pages
-    many = kv.Shape(bits_k=4, bits_v=3, group=3, tokens=2, lengths=(1270, 65), splits=4)
-    few = kv.Shape(bits_k=2, bits_v=8, group=3, tokens=2, kv_heads=1, lengths=(330,), splits=2)
+    many = kv.Shape(group=3, tokens=2, lengths=(1270, 65), splits=4)
+    few = kv.Shape(group=3, tokens=2, kv_heads=1, lengths=(330,), splits=2)
     for shape in (many, few) if executor.mode == "plain" else (few,):
         cache = kv.Cache(shape)
         want, before = cache.want(), None
