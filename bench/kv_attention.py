@@ -5,7 +5,8 @@
 
 Both take turns, round by round; medians with p20 and p80 in microseconds of a layer, the packed cache's bytes a second,
 and how many times as fast it is. With one thread the clock is the processor time of the process, which is its wall time
-without other processes; with more it is wall time. The packed cache's time has the rotations of query and output in it.
+without other processes; with more it is wall time. The packed cache's time has the rotations of query and output in it,
+and the bookkeeping of a call, as a model's step has.
 With several layers (--layers), each round attends over all of them in turn: what a model's memory is like.
 
 Torch takes the heads of a kv head as so many queries of one head, 9 times as fast here as its own `enable_gqa`, and
@@ -23,40 +24,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from bitpalette.kernels.kv_cpu import Dense, KVCpu, Pages
-from bitpalette.quant.kv_format import PAGE, KVFormat
-from bitpalette.quant.kv_token import packed_bytes
+from bitpalette.kernels.kv_cpu import KVCpu
+from bitpalette.kernels.kv_rows import KVRows
+from bitpalette.quant.kv_format import KVFormat
 from bitpalette.quant.native import chosen_isa
 
 SHAPES = {"Llama-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}
 """{name: (query heads, kv heads, head_dim)}"""
 
-SINKS, WINDOW = 4, 64
 
-
-def packed_cache(form: KVFormat, kv_heads: int, head_dim: int, tokens: int) -> tuple[Pages, Dense, Dense]:
+def packed_cache(form: KVFormat, kv_heads: int, head_dim: int, tokens: int) -> KVRows:
     """Random codes: what they are changes no time."""
-    inside = tokens - SINKS - WINDOW
-    count = -(-inside // PAGE)
-    codes = [
-        torch.randint(0, 256, (count, kv_heads, PAGE, packed_bytes(head_dim, bits)), dtype=torch.uint8)
-        for bits in (form.bits_k, form.bits_v)
-    ]
-    gains = [torch.rand(count, kv_heads, PAGE).add_(0.5).mul_(0.2).half() for _ in range(2)]
-    table = torch.arange(count, dtype=torch.int32)[None]
-    length = torch.tensor([inside], dtype=torch.int32)
-    pages = Pages(codes[0], gains[0], codes[1], gains[1], form.bits_k, form.bits_v, table, length)
-
-    def dense(n: int) -> Dense:
-        k, v = (torch.randn(1, n, kv_heads, head_dim).bfloat16() for _ in range(2))
-        return Dense(k, v, torch.tensor([n], dtype=torch.int32))
-
-    return pages, dense(SINKS), dense(WINDOW)
+    rows = KVRows(form, 1, kv_heads, head_dim, head_dim, torch.bfloat16, torch.device("cpu"), encoder=KVCpu())
+    rows.reserve(tokens)
+    few = torch.randn(1, tokens, kv_heads, head_dim).bfloat16()
+    rows.append(few, few, np.zeros(1, np.int64))
+    return rows
 
 
 def dense_cache(kv_heads: int, head_dim: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -126,11 +115,11 @@ def measure(
     dense = [dense_cache(kv_heads, head_dim, tokens) for _ in range(layers)]
     caches = [packed_cache(KVFormat.parse(form), kv_heads, head_dim, tokens) for _ in range(layers)]
 
+    no_padding = np.zeros(1, np.int64)
+
     def ours() -> None:
-        for pages, sinks, window in caches:
-            rotated = kernel.rotate(q, torch.float32)
-            out = kernel.attend(rotated, pages, sinks, window, scale=head_dim**-0.5, exact=exact)
-            kernel.rotate(out, torch.bfloat16)
+        for rows in caches:
+            kernel.attention(q, rows, None, no_padding, head_dim**-0.5, exact=exact)
 
     def theirs() -> None:
         for k, v in dense:
@@ -144,7 +133,7 @@ def measure(
             if r >= 2:
                 kept.append(took)
     packed, torch_bfloat16 = Spread.of(times[0]), Spread.of(times[1])
-    pages = caches[0][0]
+    pool = caches[0].pool
     return Row(
         shape,
         tokens,
@@ -158,7 +147,7 @@ def measure(
         packed,
         torch_bfloat16,
         round(torch_bfloat16.median / packed.median, 3),
-        sum(t.nbytes for t in (pages.k_codes, pages.v_codes, pages.k_gain, pages.v_gain)),
+        pool.nbytes,
         device_name(),
         commit(),
     )

@@ -29,9 +29,7 @@ def kv_cases(processors: int) -> Iterator[dict[str, Any]]:
     for bits_k, bits_v in BITS:
         for head_dim, rows in SHAPES:
             dtypes = ("fp16", "bf16", "fp32") if (bits_k, bits_v) == (4, 4) else ("bf16",)
-            if (
-                head_dim == 256
-            ):  # a float32 model's 256 channels are known to spill 8 bytes, outside of all loops
+            if head_dim == 256:  # a float32 model's 256 channels are known to spill 8 bytes, outside of all loops
                 dtypes = tuple(dtype for dtype in dtypes if dtype != "fp32")
             for dtype in dtypes:
                 yield _attention(bits_k, bits_v, head_dim, rows, dtype, processors)
