@@ -105,8 +105,6 @@ class QuantizedCache(Cache):
                     if static
                     else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
                 )
-            elif static and form.kind != "token":
-                raise KVError(f"a static cache holds the kind 'token', not {form.kind!r}; leave static out")
             elif static:
                 layers.append(StaticPackedLayer(i, form, mean, decoder, readers[i], tokens))
             else:

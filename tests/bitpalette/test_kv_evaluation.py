@@ -84,7 +84,7 @@ def test_chunks_that_fit_the_window_read_nothing_packed(llama: Any) -> None:
 
 
 def test_static_caches_are_of_tokens(llama: Any) -> None:
-    with pytest.raises(KVError, match="not 'channel'; leave static out"):
+    with pytest.raises(KVError, match="not 'channel'; use static=False"):
         QuantizedCache(llama.config, plan("k2v2-channel"), tokens=100, static=True)
 
 
