@@ -91,12 +91,10 @@ class Case:
         return QuantizedCache(self.model.config, self.plan, tokens=tokens)
 
 
-def measure(case: Case, tokens: Tensor, step: int) -> dict[str, Any]:
+def measure(case: Case, tokens: Tensor, reference: list[Tensor], step: int) -> dict[str, Any]:
     start, found, loss = time.monotonic(), [], 0.0
-    for row in tokens:
-        case.model.set_attn_implementation("sdpa")
-        log_p = log_probabilities(case.model, DynamicCache(config=case.model.config), row, len(row))
-        case.model.set_attn_implementation(case.attention)
+    case.model.set_attn_implementation(case.attention)
+    for row, log_p in zip(tokens, reference, strict=True):
         log_q = log_probabilities(case.model, case.cache(len(row)), row, step)
         found.append(divergence(log_p, log_q))
         loss -= float(log_q[:-1].gather(1, row[1:, None]).sum(dtype=torch.float64))
@@ -152,12 +150,13 @@ def main() -> None:
     if args.calibrate:
         means = key_means(model, chunks_of(tokenizer, args.calibrate.read_text(), args.seq_len, 1))
     tokens = chunks_of(tokenizer, args.text.read_text(), args.seq_len, args.chunks)
+    reference = [log_probabilities(model, DynamicCache(config=model.config), row, len(row)) for row in tokens]
     kept["about"] = {"model": args.model.name, "processor": processor(), "threads": torch.get_num_threads()}
     for name in args.cases:
         case = Case(name, model, means)
         row: dict[str, Any]
         try:
-            row = measure(case, tokens, args.step)
+            row = measure(case, tokens, reference, args.step)
         except ImportError as error:  # of a package that transformers' cache needs
             row = {"why_not": " ".join(str(error).split())}
         row["centered"] = bool(case.peer is None and case.plan.means)
