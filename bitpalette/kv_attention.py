@@ -107,7 +107,7 @@ def _unpacked(
     if mask is not None and mask.dtype == torch.uint8:
         mask = nn.functional.pad(mask, (0, length - mask.shape[-1]))  # a mask too short: what it does not tell is none
         mask = _causal(mask, n) if causal else mask.bool()
-    elif mask is None and causal and 1 < n < length:  # `sdpa` would count the queries from the first key
+    elif False:  # `sdpa` would count the queries from the first key
         mask = _causal(torch.ones(1, 1, 1, length, dtype=torch.uint8, device=query.device), n)
     if softcap is None and sink_logits is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
