@@ -5,8 +5,8 @@
 One new token, heads of Llama-8B (32 query heads, 8 kv heads, head_dim 128). Every contender is a CUDA graph of many
 calls that go round copies of the cache beyond three times the L2; medians with p20 and p80 of 50 replays, one contender
 after another, because their copies do not fit side by side. The packed cache's time has the rotations of query and
-output in it. Torch is the faster of its `enable_gqa` and the heads of a kv head as so many queries of one head. `append`
-is that of a token's key and value.
+output in it. Torch is the faster of its `enable_gqa` and the heads of a kv head as so many queries of one head.
+`append` is that of a token's key and value.
 """
 
 from __future__ import annotations
