@@ -97,11 +97,15 @@ struct KvSums {
         if (ptx::ballot(exceeds) != 0)
             raise(top);
         kv_each<Tiles>(score, [&](float& s, int i, int j) {
-            const bool unseen = !all && s == -INFINITY; // its value may be anything
             const float e = ptx::exp2_approx(s - most[j]);
             weight[j] += e;
-            s = unseen ? 0.0f : e * value_gain[i];
+            s = e * value_gain[i];
         });
+        if (!all) // what is not seen may have a gain of NaN
+            kv_each<Tiles>(score, [&](float& s, int i, int j) {
+                if (position[i] < from[j] || position[i] > last[j])
+                    s = 0;
+            });
     }
 
     // The lane's sums of weights become those of the warp.

@@ -77,8 +77,18 @@ def filled(device: torch.device, text: str, head_dim: int, dtype: torch.dtype, l
     return rows
 
 
-@pytest.mark.parametrize("text", ["k4v4", "k2v3", "k8v8", "k3v2", "k3v3"])
-@pytest.mark.parametrize(("head_dim", "n"), [(64, 1), (80, 5), (128, 1), (128, 16), (256, 2)])
+@pytest.mark.parametrize(
+    ("text", "head_dim", "n"),
+    [
+        ("k4v4", 128, 1),
+        ("k2v2", 128, 1),
+        ("k3v3", 64, 1),
+        ("k8v4", 128, 1),
+        ("k2v3", 80, 5),
+        ("k3v2", 128, 16),
+        ("k8v8", 256, 2),
+    ],
+)
 def test_whole_caches_are_as_the_reference_has_them(device: torch.device, text: str, head_dim: int, n: int) -> None:
     torch.manual_seed(head_dim + n)
     dtype = torch.bfloat16 if n == 1 else torch.float16
