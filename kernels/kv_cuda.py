@@ -241,8 +241,8 @@ def split_counts(
     if table_row == 0:
         return max(dense, 1), dense
     of_block = QUERIES if rows > QUERIES // 2 and width <= 128 else QUERIES // 2
-    blocks = BLOCKS * _multiprocessors(device)
-    wanted = -(-blocks // (heads * -(-rows // of_block)))
+    # one wave: a block more than fit at once would take as long as all others
+    wanted = BLOCKS * _multiprocessors(device) // (heads * -(-rows // of_block)) - dense
     return dense + max(1, min(wanted, -(-table_row // PAGES_OF_SPLIT), MOST_SPLITS - dense)), dense
 
 

@@ -110,6 +110,7 @@ def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], read: Coun
         return GpuTensor(func(*plain_args, **plain_kwargs).to(dtype))
     out = func(*plain_args, **plain_kwargs)
     if func is Tensor.cpu or (target is not None and target.type == "cpu"):
+        read["cpu"] += bool(gpu) and func is not Tensor.cpu
         return _each(out, lambda t: t.clone() if id(t) in gpu else t)  # a copy always has memory of its own
     if func is Tensor.to and not gpu:
         out = out.clone()
