@@ -75,8 +75,6 @@ def attention_forward(
         return _unpacked(module, query, key, value, attention_mask, scaling, softcap, s_aux, options)
     if dropout:
         raise KVError(f"attention over a packed cache has no dropout ({dropout}); call model.eval()")
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise KVError("packed pages carry no gradients; use torch.no_grad(), or train with use_cache=False")
     for name, what in REFUSED.items():
         if options.get(name) is not None:
             raise KVError(f"attention over a packed cache does not know {what}; use transformers' DynamicCache")
@@ -87,6 +85,26 @@ def attention_forward(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return handle.attend(module, query, key, value, attention_mask, scale, softcap, sliding_window, s_aux), None
+
+
+class _NoGradient(torch.autograd.Function):
+    """The first argument as it is; the gradient of the others, which it was made from, is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *sources: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise KVError("packed pages carry no gradients; train with use_cache=False")
+
+
+def without_gradients(out: Tensor, *sources: Tensor) -> Tensor:
+    """out, read from packed pages, with an error in a backward pass through it where gradients are recorded: most
+    calls that record them never ask for one."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+        return _NoGradient.apply(out, *sources)
+    return out
 
 
 def _unpacked(
@@ -107,7 +125,7 @@ def _unpacked(
     if mask is not None and mask.dtype == torch.uint8:
         mask = nn.functional.pad(mask, (0, length - mask.shape[-1]))  # a mask too short: what it does not tell is none
         mask = _causal(mask, n) if causal else mask.bool()
-    elif False:  # `sdpa` would count the queries from the first key
+    elif mask is None and causal and 1 < n < length:  # `sdpa` would count the queries from the first key
         mask = _causal(torch.ones(1, 1, 1, length, dtype=torch.uint8, device=query.device), n)
     if softcap is None and sink_logits is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)

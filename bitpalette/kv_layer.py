@@ -129,8 +129,10 @@ class Pending:
             out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
         else:
             new = (self.k, self.v)
-            found = attention(layer.kernel, query, rows, new, skip, scaling, softcap, sliding_window, sink_logits)
-            out = found.to(query.dtype).transpose(1, 2).contiguous()
+            with torch.no_grad():
+                found = attention(layer.kernel, query, rows, new, skip, scaling, softcap, sliding_window, sink_logits)
+                out = found.to(query.dtype).transpose(1, 2).contiguous()
+            out = kv_attention.without_gradients(out, query, key, value)
         self.reads += 1
         if self.reads == layer.readers:
             layer.read()

@@ -54,7 +54,7 @@ class StaticNew:
             out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
         else:
             out = kv_static.attend(
-                query,
+                query.detach(),
                 self.k,
                 self.v,
                 mask,
@@ -64,8 +64,9 @@ class StaticNew:
                 scaling,
                 softcap,
                 sliding_window,
-                sink_logits,
+                None if sink_logits is None else sink_logits.detach(),
             )
+            out = kv_attention.without_gradients(out, query, key, value)
         self.reads += 1
         layer.unread = False
         if self.reads == layer.readers:

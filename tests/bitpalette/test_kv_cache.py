@@ -283,15 +283,27 @@ def test_calls_that_are_refused(static: bool, model) -> None:
     for name in ("position_bias", "cu_seq_lens_q"):
         refused("does not know", model, input_ids=ids(3), past_key_values=cache(), **{name: torch.zeros(1)})
     refused("no weights", model, input_ids=ids(3), past_key_values=cache(), output_attentions=True)
-    model.requires_grad_(True)
-    refused("no gradients", model, input_ids=ids(3), past_key_values=cache())
-    model.requires_grad_(False)
     wild = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1, attention_dropout=0.5)).requires_grad_(False)
     wild.set_attn_implementation(NAME)
     refused("no dropout", wild.train(), input_ids=ids(3), past_key_values=QuantizedCache(wild.config, SMALL))
 
     model.set_attn_implementation("sdpa")
     refused("set_attn_implementation", model, input_ids=ids(1), past_key_values=held)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_gradients_are_right_or_refused(static: bool) -> None:
+    """Of a prompt, which reads no pages, they are right; through pages a backward pass is refused, and a forward that
+    records gradients for nobody is not."""
+    model = packed_llama().requires_grad_(True)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    model(input_ids=ids(20), use_cache=False).logits.square().sum().backward()
+    right, weight.grad = weight.grad, None
+    cache = QuantizedCache(model.config, SMALL, 64 * static, static=static)
+    model(input_ids=ids(20), past_key_values=cache).logits.square().sum().backward()
+    assert ((weight.grad - right).abs() <= 1e-4 * right.abs().max()).all()
+    out = model(input_ids=ids(3), past_key_values=cache).logits
+    refused("no gradients", out.sum().backward)
 
 
 @pytest.mark.parametrize("static", [False, True])
