@@ -190,9 +190,9 @@ def test_too_many_new_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("heads", "rows", "width", "table_row", "dense", "want"),
     [
-        (8, 4, 128, 128, 84, (49 + 1, 1)),  # 396 blocks over 8 heads
+        (8, 4, 128, 128, 84, (50 + 1, 1)),  # 396 blocks over 8 heads
         (8, 4, 128, 20, 84, (10 + 1, 1)),  # two pages each at least
-        (8, 16, 128, 2048, 300, (49 + 3, 3)),
+        (8, 16, 128, 2048, 300, (50 + 3, 3)),
         (8, 16, 256, 2048, 0, (25, 0)),  # two blocks for the queries
         (1, 1, 64, 4096, 84, (256, 1)),
         (128, 4, 128, 512, 84, (5, 1)),
