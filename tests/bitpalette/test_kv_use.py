@@ -135,7 +135,7 @@ def test_not_in_training() -> None:
     assert not isinstance(out.past_key_values, QuantizedCache)
     out.loss.backward()
     past = model.eval()(input_ids=IDS).past_key_values  # a first prompt reads no pages
-    with pytest.raises(KVError, match=r"carry no gradients; use torch\.no_grad"):
+    with pytest.raises(KVError, match="carry no gradients; train with use_cache=False"):
         model(input_ids=IDS[:, :1], past_key_values=past).logits.sum().backward()
     assert model(input_ids=IDS, use_cache=False).logits.requires_grad
 
