@@ -42,9 +42,7 @@ def filled(model: Any, form: str, tokens: int) -> Any:
         if form == DENSE:
             cache.update(k, v, index)
             continue
-        layer.update(k, v)
-        layer.pending.skip = np.zeros(1, np.int64)
-        layer.commit()
+        layer.put(k, v, np.zeros(1, np.int64))
     return cache
 
 
