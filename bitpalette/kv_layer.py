@@ -42,6 +42,15 @@ def check_implementation(config: Any) -> None:
         )
 
 
+def check_centered(layer: int, mean: Tensor | None, softcap: float | None, sink_logits: Tensor | None) -> None:
+    """KVError where scores without <q, mean> are not as good as with it: only a plain softmax does not see it."""
+    if mean is not None and (softcap is not None or sink_logits is not None):
+        raise KVError(
+            f"layer {layer}: its attention has a soft cap or logits of sinks, under which keys cannot be centered; "
+            "leave its mean out of the plan"
+        )
+
+
 def check_queries(layer: int, query: Tensor, tokens: int) -> Tensor:
     """query [batch, heads, n <= tokens, D] -> [batch, heads, tokens, D]. A model may compute only the last outputs of
     its last layers (Gemma 4); what stands for the others is zero, and their outputs are to be dropped."""
@@ -119,6 +128,7 @@ class Pending:
                 f"layer {layer.index}: keys of an earlier forward, which are packed by now; this model shares keys in "
                 "a way its config does not tell; use transformers' DynamicCache"
             )
+        check_centered(layer.index, layer.mean, softcap, sink_logits)
         query = check_queries(layer.index, query, self.tokens)
         layer.prefetch()
         rows = layer.rows

@@ -337,3 +337,16 @@ def test_static_caches_refuse_what_has_no_fixed_size(model) -> None:
     model(input_ids=ids(20), past_key_values=cache)
     with pytest.raises(KVError, match="say tokens="):
         logits(model, cache, ids(150), 10)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_means_under_a_soft_cap_or_logits_of_sinks_are_refused(name: str, static: bool) -> None:
+    """There the scores' common part <q, mean> does not cancel."""
+    model = hybrid(name)
+    model.set_attn_implementation(NAME)
+    layer = next(iter(QuantizedCache(model.config, SMALL).packed)).index
+    plan = KVPlan(SMALL, means={layer: torch.ones(2, 16)})
+    cache = QuantizedCache(model.config, plan, 64 * static, static=static)
+    with pytest.raises(KVError, match=rf"layer {layer}: .*leave its mean out of the plan"):
+        logits(model, cache, ids(40), 20)
