@@ -134,7 +134,7 @@ BP_GLOBAL void BP_LAUNCH_BOUNDS(32 * kv_append_warps, 8)
         for (int i = lane; i < width; i += 8)
             sum += static_cast<double>(row[i]) * static_cast<double>(row[i]);
     const double energy = kv_total(sums, sum);
-    const float scale = ptx::mul(static_cast<float>(ptx::sqrt(energy / static_cast<double>(width))), args.step);
+    const float scale = ptx::mul(static_cast<float>(ptx::sqrt_rn(energy / static_cast<double>(width))), args.step);
     const bool usable = scale > 0 && scale <= FLT_MAX;
     const int half = 1 << (args.bits - 1), most = 2 * half - 1;
     for (int i = lane; i < width; i += 32) {

@@ -363,7 +363,7 @@ BP_DEVICE float exp_approx(float a) {
 
 // --- fp64
 
-BP_DEVICE double sqrt(double a) {
+BP_DEVICE double sqrt_rn(double a) {
     return __dsqrt_rn(a);
 }
 

@@ -304,7 +304,7 @@ BP_DEVICE float exp_approx(float a) {
     return exp2_approx(a * 1.44269504f);
 }
 
-BP_DEVICE double sqrt(double a) {
+BP_DEVICE double sqrt_rn(double a) {
     return std::sqrt(a);
 }
 
