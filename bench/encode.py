@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
+from bitpalette.provenance import commit, processor
 from bitpalette.quant import trellis
 from bitpalette.quant.native import available_isas, chosen_isa, cpu_module, isa_index
 from bitpalette.quant.solver import quantize_tensor
@@ -206,27 +206,13 @@ def encode_model(folder: Path, scheme: TrellisScheme, threads: int, layers: int 
         encode_us=round(1e6 * clock.seconds / weights, 4),
         us=round(1e6 * seconds / weights, 4),
         target_us=MODEL_TARGET_US.get(scheme.window),
-        device=device_name(),
-        commit=commit(),
+        device=processor(),
+        commit=commit() or "installed",
     )
 
 
 def quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
-
-
-def device_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown CPU"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-
-
-def commit() -> str:
-    folder = Path(__file__).resolve().parent
-    ran = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    return ran.stdout.strip() or "none"
 
 
 def main(
@@ -275,7 +261,7 @@ def main(
     for i in range(-1, rounds):  # one round to warm up: tables and memory are made then
         for contender in contenders:
             contender.round(threads, keep=i >= 0)
-    rows = [contender.row(threads, device_name(), commit()) for contender in contenders]
+    rows = [contender.row(threads, processor(), commit() or "installed") for contender in contenders]
     show(rows)
     write(json_file, rows)
 

@@ -27,8 +27,8 @@ from gpu_about import describe
 from torch import Tensor
 
 from bitpalette.kernel_bench.gpu_rounds import Graph, capture, copies_wanted, l2_bytes
-from bitpalette.kernels.kv_cpu import Dense, Pages
 from bitpalette.kernels.kv_cuda import KVCuda
+from bitpalette.kernels.kv_parts import Dense, Pages
 from bitpalette.quant.kv_format import PAGE, KVFormat
 from bitpalette.quant.kv_token import packed_bytes
 

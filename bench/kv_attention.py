@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from bitpalette.kernels.kv_cpu import KVCpu
 from bitpalette.kernels.kv_rows import KVRows
+from bitpalette.provenance import commit, processor
 from bitpalette.quant.kv_format import KVFormat
 from bitpalette.quant.native import chosen_isa
 
@@ -96,17 +96,6 @@ class Row:
         return f"{name}: {self.packed}, {rate:5.1f} GB/s; torch {self.torch_bfloat16}: {self.times_as_fast:.2f}x"
 
 
-def device_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty=+changes", "--exclude=*"]
-    ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return ran.stdout.strip() or "none"
-
-
 def measure(
     shape: str, tokens: int, form: str, new: int, threads: int, rounds: int, layers: int, exact: bool | None
 ) -> Row:
@@ -148,8 +137,8 @@ def measure(
         torch_bfloat16,
         round(torch_bfloat16.median / packed.median, 3),
         pool.nbytes,
-        device_name(),
-        commit(),
+        processor(),
+        commit() or "installed",
     )
 
 

@@ -30,6 +30,10 @@ NEVER_READ = (
     "layer {}: {} of {} attentions read its new tokens; the model does not use transformers' AttentionInterface, or "
     "changes the keys on the way to it; use transformers' DynamicCache"
 )
+EARLIER = (
+    "layer {}: keys of an earlier forward, which are packed by now; this model shares keys in a way its config does "
+    "not tell; use transformers' {}"
+)
 
 
 def check_implementation(config: Any) -> None:
@@ -124,10 +128,7 @@ class Pending:
     ) -> Tensor:
         layer, n = self.layer, query.shape[2]
         if self.gone:
-            raise KVError(
-                f"layer {layer.index}: keys of an earlier forward, which are packed by now; this model shares keys in "
-                "a way its config does not tell; use transformers' DynamicCache"
-            )
+            raise KVError(EARLIER.format(layer.index, "DynamicCache"))
         check_centered(layer.index, layer.mean, softcap, sink_logits)
         query = check_queries(layer.index, query, self.tokens)
         layer.prefetch()

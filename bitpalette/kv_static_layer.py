@@ -18,7 +18,7 @@ from . import kv_attention
 from .kernels import kv_static
 from .kernels.kv_kernel import REFERENCE, choose
 from .kernels.kv_static import StaticState
-from .kv_layer import NEVER_READ, ROLLBACK, check_centered, check_implementation, check_queries
+from .kv_layer import EARLIER, NEVER_READ, ROLLBACK, check_centered, check_implementation, check_queries
 from .quant.kv_format import KVError, KVFormat
 
 
@@ -43,10 +43,7 @@ class StaticNew:
     ) -> Tensor:
         layer, n, tokens = self.layer, query.shape[2], self.k.shape[1]
         if self.reads == layer.readers:
-            raise KVError(
-                f"layer {layer.index}: keys of an earlier forward, which are packed by now; this model shares keys in "
-                "a way its config does not tell; use transformers' StaticCache"
-            )
+            raise KVError(EARLIER.format(layer.index, "StaticCache"))
         check_centered(layer.index, layer.mean, softcap, sink_logits)
         query = check_queries(layer.index, query, tokens)
         plain = mask is None and softcap is None and sink_logits is None

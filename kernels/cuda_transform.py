@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.hartley import hartley_hadamard, odd_part
+from ..quant.hartley import hartley_matrix, odd_part
 from ..quant.native import DTYPES
 from ..quant.order import unpack_order
 from .native_cuda import cuda_module, current_stream, shared_limit
@@ -108,4 +108,4 @@ def why_not_transform(names: tuple[str, ...], in_features: int) -> str | None:
 
 def _hartley(odd: int, device: Any) -> Tensor:
     """DHT_p, float32 [p, p rounded up to 16]."""
-    return torch.nn.functional.pad(hartley_hadamard(torch.eye(odd)), (0, -odd % _HARTLEY_ROW)).to(device)
+    return torch.nn.functional.pad(hartley_matrix(odd, 0, torch.device(device)), (0, -odd % _HARTLEY_ROW))

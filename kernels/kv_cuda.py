@@ -16,12 +16,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..quant.hartley import odd_part
-from ..quant.kv_format import PAGE, KVError, KVFormat
-from ..quant.kv_token import STEP, _hartley, packed_bytes
+from ..quant.kv_format import KVError, KVFormat
+from ..quant.kv_token import STEP
 from ..quant.native import DTYPES
-from .kv_cpu import BITS, MOST_TOKENS, Dense, Pages, _address, _check, _check_dense, _numbers, _rows_contiguous
-from .kv_parts import parts_of
+from .kv_parts import (
+    MOST_TOKENS,
+    Dense,
+    Pages,
+    address,
+    by_heads,
+    check_append,
+    dense_numbers,
+    odd_matrix,
+    parts_of,
+    rows_contiguous,
+    sizes_of,
+    token_numbers,
+    why_not_form,
+)
 from .kv_rows import KVRows
 from .native_cuda import cuda_module, current_stream, shared_limit, why_no_cuda_module, why_not_device
 
@@ -53,14 +65,7 @@ class KVCuda:
         reason = why_no_cuda_module() if device is None else why_not_device(device)
         if reason is not None:
             return reason
-        if form.kind != "token":
-            return f"the CUDA kernels have the kind 'token', not {form.kind!r}"
-        for side, bits, width in (("keys", form.bits_k, head_dim), ("values", form.bits_v, head_dim_v)):
-            if bits not in BITS:
-                return f"the CUDA kernels have {side} of {list(BITS)} bits, not {bits}"
-            if width < WIDTH_STEP or width % WIDTH_STEP or width > MOST_WIDTH:
-                return f"the CUDA kernels have {side} with a head_dim in steps of 16 up to {MOST_WIDTH}, not {width}"
-        return None
+        return why_not_form("the CUDA kernels have", form, (head_dim, head_dim_v), WIDTH_STEP, MOST_WIDTH)
 
     def attend(
         self,
@@ -83,25 +88,18 @@ class KVCuda:
         As `kv_cpu.KVCpu.attend`; rotate: q comes as the model has it and the result leaves so, both are rotated on the
         device. Lengths that do not fit their slots or tables are not noticed. ValueError for sizes that cannot be.
         """
-        batch, heads, n, head_dim = q.shape
-        kv_heads = pages.k_codes.shape[1]
-        if heads % kv_heads:
-            raise ValueError(f"{heads} query heads over {kv_heads} kv heads; a multiple is needed")
-        head_dim_v = pages.v_codes.shape[-1] * 8 // pages.bits_v
-        _check(pages, batch, head_dim, head_dim_v)
-        q = q if q.dtype in DTYPES and q.is_contiguous() else q.float().contiguous()
         pieces = [None if part is None else _aligned(part) for part in (sinks, window, fresh)]
         dense = [part for part in pieces if part is not None]
-        dtype = dense[0].keys.dtype if dense else torch.float32
-        for part in dense:
-            _check_dense(part, dtype, batch, kv_heads, head_dim, head_dim_v)
-        rows, table_row = heads // kv_heads * n, pages.block_table.shape[1]
+        sizes = sizes_of(q, pages, dense)
+        q = q if q.dtype in DTYPES and q.is_contiguous() else q.float().contiguous()
+        heads, rows, table_row = sizes.batch * sizes.kv_heads, sizes.group * sizes.tokens, pages.block_table.shape[1]
+        width = max(sizes.head_dim, sizes.head_dim_v)
         splits, dense_splits = split_counts(
-            q.device, batch * kv_heads, rows, max(head_dim, head_dim_v), table_row, sum(p.keys.shape[1] for p in dense)
+            q.device, heads, rows, width, table_row, sum(p.keys.shape[1] for p in dense)
         )
-        parts = torch.empty(batch * kv_heads * splits * rows * (head_dim_v + 2), device=q.device)
+        parts = torch.empty(heads * splits * rows * (sizes.head_dim_v + 2), device=q.device)
         logits = None if sink_logits is None else sink_logits.float().contiguous()
-        out = torch.empty(batch, heads, n, head_dim_v, dtype=out_dtype, device=q.device)
+        out = torch.empty(sizes.out, dtype=out_dtype, device=q.device)
         with _on(q.device):
             cuda_module().kv_attention(
                 k_codes=pages.k_codes.data_ptr(),
@@ -113,26 +111,26 @@ class KVCuda:
                 block_table=pages.block_table.data_ptr(),
                 table_row=table_row,
                 lengths=pages.lengths.data_ptr(),
-                sinks=_numbers(pieces[0]),
-                window=_numbers(pieces[1]),
-                fresh=_numbers(pieces[2]),
-                dense_dtype=DTYPES[dtype],
-                start=_address(start),
-                batch=batch,
-                kv_heads=kv_heads,
-                group=heads // kv_heads,
-                tokens=n,
-                head_dim=head_dim,
-                head_dim_v=head_dim_v,
+                sinks=dense_numbers(pieces[0]),
+                window=dense_numbers(pieces[1]),
+                fresh=dense_numbers(pieces[2]),
+                dense_dtype=DTYPES[sizes.dtype or torch.float32],
+                start=address(start),
+                batch=sizes.batch,
+                kv_heads=sizes.kv_heads,
+                group=sizes.group,
+                tokens=sizes.tokens,
+                head_dim=sizes.head_dim,
+                head_dim_v=sizes.head_dim_v,
                 scale=scale,
                 softcap=softcap or 0.0,
                 sliding_window=sliding_window or 0,
-                sink_logits=_address(logits),
+                sink_logits=address(logits),
                 q=q.data_ptr(),
                 q_dtype=DTYPES[q.dtype],
                 rotate=rotate,
-                matrix_k=_address(_matrix(head_dim, q.device) if rotate else None),
-                matrix_v=_address(_matrix(head_dim_v, q.device) if rotate else None),
+                matrix_k=address(odd_matrix(sizes.head_dim, q.device) if rotate else None),
+                matrix_v=address(odd_matrix(sizes.head_dim_v, q.device) if rotate else None),
                 out=out.data_ptr(),
                 out_dtype=DTYPES[out_dtype],
                 splits=splits,
@@ -189,20 +187,13 @@ class KVCuda:
 
         But a slot outside of the pages (such as -1) is passed over, not refused: the device alone knows the slots.
         """
-        n, kv_heads, head_dim = x.shape
-        expected = (codes.shape[0], kv_heads, PAGE, packed_bytes(head_dim, bits))
-        if tuple(codes.shape) != expected or tuple(gain.shape) != expected[:3]:
-            raise ValueError(f"codes {list(codes.shape)}, gain {list(gain.shape)} for x {list(x.shape)} of {bits} bits")
-        if not (codes.is_contiguous() and gain.is_contiguous()):
-            raise ValueError("codes or gain are not contiguous; a whole pool is needed")
-        if slots.shape != (n,) or slots.dtype != torch.int64:
-            raise ValueError(f"slots {slots.dtype} {list(slots.shape)} for {n} tokens; int64 [{n}] is needed")
-        x, slots = _rows_contiguous(x), slots.contiguous()
+        check_append(x, slots, codes, gain, bits)
+        x, slots = rows_contiguous(x), slots.contiguous()
         with _on(x.device):
             cuda_module().kv_append(
-                **_tokens(x, mean),
+                **token_numbers(x, mean),
                 rotate=not rotated,
-                matrix=_address(None if rotated else _matrix(head_dim, x.device)),
+                matrix=address(None if rotated else odd_matrix(x.shape[-1], x.device)),
                 codes=codes.data_ptr(),
                 gain=gain.data_ptr(),
                 pages=codes.shape[0],
@@ -219,12 +210,11 @@ class KVCuda:
         mean: float32 [heads, D], or None. dtype: of the result; None: that of x.
         """
         dtype = x.dtype if dtype is None else dtype
-        flat = x.reshape(-1, *x.shape[-2:]) if mean is not None else x.reshape(-1, 1, x.shape[-1])
-        flat, z = _rows_contiguous(flat), torch.empty(x.shape, dtype=dtype, device=x.device)
+        flat, z = by_heads(x, mean), torch.empty(x.shape, dtype=dtype, device=x.device)
         with _on(x.device):
             cuda_module().kv_rotate(
-                **_tokens(flat, mean),
-                matrix=_address(_matrix(x.shape[-1], x.device)),
+                **token_numbers(flat, mean),
+                matrix=address(odd_matrix(x.shape[-1], x.device)),
                 z=z.data_ptr(),
                 z_dtype=DTYPES[dtype],
                 stream=current_stream(x.device),
@@ -254,19 +244,7 @@ def _multiprocessors(device: torch.device) -> int:
     return _counts[device]
 
 
-def _matrix(width: int, device: torch.device) -> Tensor | None:
-    """The Hartley part of the rotation of `width` elements, float32 [p, p]; None where p = 1."""
-    odd = odd_part(width)[0]
-    if odd == 1:
-        return None
-    if (odd, device) not in _matrices:
-        with torch.inference_mode(False):
-            _matrices[odd, device] = _hartley(odd).float().contiguous().to(device)
-    return _matrices[odd, device]
-
-
 _counts: dict[torch.device, int] = {}
-_matrices: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -282,19 +260,3 @@ def _aligned(dense: Dense) -> Dense:
         return t.contiguous() if odd or t.stride(-1) != 1 else t
 
     return Dense(one(dense.keys), one(dense.values), dense.lengths, dense.first)
-
-
-def _tokens(x: Tensor, mean: Tensor | None) -> dict[str, Any]:
-    """What native code is told of x [tokens, heads, D] and mean [heads, D]. `x` must outlive the call."""
-    if mean is not None and (mean.shape != x.shape[1:] or mean.dtype != torch.float32 or not mean.is_contiguous()):
-        raise ValueError(f"a mean {mean.dtype} {list(mean.shape)} for tokens {list(x.shape)}; float32 [heads, D]")
-    return {
-        "x": x.data_ptr(),
-        "dtype": DTYPES[x.dtype],
-        "token_stride": x.stride(0),
-        "head_stride": x.stride(1),
-        "tokens": x.shape[0],
-        "heads": x.shape[1],
-        "width": x.shape[2],
-        "mean": _address(mean),
-    }

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..quant.kv_format import KVError, KVFormat
 from . import kv_reference
-from .kv_cpu import Dense, KVCpu, Pages
+from .kv_cpu import KVCpu
 from .kv_cuda import KVCuda
+from .kv_parts import Dense, Pages
 from .kv_rows import KVRows
 from .kv_triton import KVTriton
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..quant.kv_format import PAGE, KVError, KVFormat
 from ..quant.kv_token import rotate
-from .kv_cpu import Dense, Pages
 from .kv_kernel import REFERENCE, KVKernel, attention, kernels
 from .kv_pages import PagePool, Side
+from .kv_parts import Dense, Pages
 from .kv_rows import KVRows, RowEncoder, pages_of
 
 

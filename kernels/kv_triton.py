@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,26 @@ from torch import Tensor
 
 from ..quant.hartley import odd_part
 from ..quant.kv_format import PAGE, KVError, KVFormat
-from ..quant.kv_token import GAIN_MOST, STEP, packed_bytes, rotate
-from .kv_cpu import BITS, MOST_TOKENS, Dense, Pages, _check, _check_dense
-from .kv_parts import parts_of
+from ..quant.kv_token import GAIN_MOST, STEP
+from .kv_parts import (
+    MOST_TOKENS,
+    Dense,
+    Pages,
+    by_heads,
+    check_append,
+    check_mean,
+    odd_matrix,
+    parts_of,
+    rows_contiguous,
+    sizes_of,
+    why_not_form,
+)
 from .kv_rows import KVRows
 from .triton_runtime import interpreting, on_device, why_no_triton, why_not_device
 
 MOST_HEAD_DIM = 256
 """A program holds the output of 16 rows and a tile of 16-bit keys in registers; with more it would spill."""
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 KEY_WORD = {2: torch.int16, 3: torch.int16, 4: torch.int32, 8: torch.int32}
 VALUE_WORD = {2: torch.uint8, 3: torch.uint8, 4: torch.int16, 8: torch.int16}
 """What rows of codes are read as (triton_device/kv_codes.py)."""
@@ -88,14 +97,7 @@ class KVTriton:
             return "Triton kernels run on a GPU, and torch sees none"
         if (reason := why_no_triton()) is not None:
             return reason
-        if form.kind != "token":
-            return f"Triton kernels have the kind 'token', not {form.kind!r}"
-        for side, bits, width in (("keys", form.bits_k, head_dim), ("values", form.bits_v, head_dim_v)):
-            if bits not in BITS:
-                return f"Triton kernels have {side} of {list(BITS)} bits, not {bits}"
-            if width < 8 or width % 8 or width > MOST_HEAD_DIM:
-                return f"Triton kernels have {side} with a head_dim in steps of 8 up to {MOST_HEAD_DIM}, not {width}"
-        return None
+        return why_not_form("Triton kernels have", form, (head_dim, head_dim_v), 8, MOST_HEAD_DIM)
 
     def attend(
         self,
@@ -123,31 +125,21 @@ class KVTriton:
         from .triton_device.kv_attention import attention_kernel
         from .triton_device.kv_combine import combine_kernel
 
-        batch, heads, n, head_dim = q.shape
-        kv_heads = pages.k_codes.shape[1]
-        head_dim_v = pages.v_codes.shape[-1] * 8 // pages.bits_v
-        if heads % kv_heads:
-            raise ValueError(f"{heads} query heads over {kv_heads} kv heads; a multiple is needed")
-        if not 1 <= n <= MOST_TOKENS:
-            raise ValueError(f"{n} new tokens; 1 to {MOST_TOKENS} at a time")
         if (reason := why_not_device(q.device)) is not None:
             raise ValueError(f"queries are on {q.device}, where Triton kernels do not run: {reason}")
-        _check(pages, batch, head_dim, head_dim_v)
-        dense = [part for part in (sinks, window, fresh) if part is not None]
-        dtype = dense[0].keys.dtype if dense else torch.float16
-        for part in dense:
-            _check_dense(part, dtype, batch, kv_heads, head_dim, head_dim_v)
+        sizes = sizes_of(q, pages, [part for part in (sinks, window, fresh) if part is not None])
+        batch, n, kv_heads, head_dim_v = sizes.batch, sizes.tokens, sizes.kv_heads, sizes.head_dim_v
+        rows = sizes.group * n
         q = q.contiguous()
-        rows = heads // kv_heads * n
         if launch is None:
-            widest = max(head_dim, head_dim_v)
+            widest, itemsize = max(sizes.head_dim, head_dim_v), (sizes.dtype or torch.float16).itemsize
             launch = launch_for(
-                batch, kv_heads, rows, pages.block_table.shape[1], widest, _processors(q.device), dtype.itemsize
+                batch, kv_heads, rows, pages.block_table.shape[1], widest, _processors(q.device), itemsize
             )
         splits = launch.splits + 1
         parts = torch.empty(batch, kv_heads, splits, rows, head_dim_v, dtype=torch.float32, device=q.device)
         most, sum = torch.empty(2, batch, kv_heads, splits, rows, dtype=torch.float32, device=q.device)
-        out = torch.empty(batch, heads, n, head_dim_v, dtype=out_dtype, device=q.device)
+        out = torch.empty(sizes.out, dtype=out_dtype, device=q.device)
         with on_device(q.device):
             attention_kernel[splits, kv_heads * -(-rows // BLOCK_M), batch](
                 q,
@@ -174,13 +166,13 @@ class KVTriton:
                 float(scale),
                 float(softcap or 0.0),
                 min(sliding_window or NO_SLIDING, NO_SLIDING),
-                D=head_dim,
+                D=sizes.head_dim,
                 DV=head_dim_v,
                 BITS_K=pages.bits_k,
                 BITS_V=pages.bits_v,
                 HAS_SOFTCAP=softcap is not None,
                 BLOCK_M=BLOCK_M,
-                WIDTH_K=padded_width(head_dim),
+                WIDTH_K=padded_width(sizes.head_dim),
                 WIDTH_V=padded_width(head_dim_v),
                 BLOCK_T=launch.block_t,
                 STAGES=launch.stages,
@@ -251,20 +243,10 @@ class KVTriton:
         """
         from .triton_device.kv_encode import append_kernel
 
+        check_append(x, slots, codes, gain, bits)
         n, kv_heads, head_dim = x.shape
-        expected = (codes.shape[0], kv_heads, PAGE, packed_bytes(head_dim, bits))
-        for name, t, shape, dtype in (
-            ("codes", codes, expected, torch.uint8),
-            ("gain", gain, expected[:3], torch.float16),
-            ("slots", slots, (n,), torch.int64),
-        ):
-            if tuple(t.shape) != shape or t.dtype != dtype or not t.is_contiguous():
-                raise ValueError(
-                    f"{name} is {t.dtype} {list(t.shape)}; contiguous {dtype} {list(shape)} is needed for x "
-                    f"{list(x.shape)} of {bits} bits"
-                )
         if n:
-            x = _rows_contiguous(x)
+            x, slots = rows_contiguous(x), slots.contiguous()
             vectors, block = n * kv_heads, _vectors(head_dim)
             with on_device(x.device):
                 append_kernel[(-(-vectors // block),)](
@@ -293,9 +275,8 @@ class KVTriton:
         if x.shape[-1] > MOST_HEAD_DIM:
             raise ValueError(f"a rotation of {x.shape[-1]} channels; Triton kernels have up to {MOST_HEAD_DIM}")
         y = torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
-        flat = x.reshape(-1, *x.shape[-2:]) if mean is not None else x.reshape(-1, 1, x.shape[-1])
         if y.numel():
-            flat = _rows_contiguous(flat)
+            flat = by_heads(x, mean)
             block = _vectors(x.shape[-1])
             with on_device(x.device):
                 rotate_kernel[(-(-flat.shape[0] * flat.shape[1] // block),)](
@@ -342,16 +323,9 @@ def _sizes(part: Dense | None) -> tuple[int, ...]:
     return (0,) * 7 if part is None else (part.keys.shape[1], *part.keys.stride()[:3], *part.values.stride()[:3])
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """x, copied where its last dimension has a stride or its dtype is none of the kernels'."""
-    x = x if x.dtype in FLOATS else x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _rotation(x: Tensor, mean: Tensor | None, rotate: bool) -> dict[str, Any]:
     """What kernels are told of vectors x [tokens, heads, D] and of R."""
-    if mean is not None and (mean.shape != x.shape[1:] or mean.dtype != torch.float32 or not mean.is_contiguous()):
-        raise ValueError(f"a mean {mean.dtype} {list(mean.shape)} for tokens {list(x.shape)}; float32 [heads, D]")
+    check_mean(x, mean)
     if (reason := why_not_device(x.device)) is not None:
         raise ValueError(f"x is on {x.device}, where Triton kernels do not run: {reason}")
     tokens, heads, width = x.shape
@@ -359,7 +333,7 @@ def _rotation(x: Tensor, mean: Tensor | None, rotate: bool) -> dict[str, Any]:
     return {
         "x": x,
         "mean": mean,
-        "matrix": _hartley(odd, x.device) if rotate and odd > 1 else None,
+        "matrix": odd_matrix(width, x.device) if rotate else None,
         "VECTORS": tokens * heads,
         "heads": heads,
         "token_stride": x.stride(0),
@@ -370,10 +344,3 @@ def _rotation(x: Tensor, mean: Tensor | None, rotate: bool) -> dict[str, Any]:
         "ODD": odd,
         "LOG2": log2,
     }
-
-
-@lru_cache(maxsize=64)
-def _hartley(odd: int, device: torch.device) -> Tensor:
-    """DHT_odd, float32 [odd, odd], symmetric: to the bit what `kv_token.rotate` multiplies by."""
-    with torch.inference_mode(False), torch.no_grad():
-        return rotate(torch.eye(odd, dtype=torch.float32, device="cpu")).to(device)

@@ -37,10 +37,10 @@ def hartley_hadamard(x: Tensor) -> Tensor:
     outer = log2 - inner
     y = y.reshape(-1, odd << outer, 1 << inner)  # [rows, A, B]
     if inner:
-        y = y @ _matrix(1, inner, y.device)
-        y = _matrix(odd, outer, y.device) @ y
+        y = y @ hartley_matrix(1, inner, y.device)
+        y = hartley_matrix(odd, outer, y.device) @ y
     else:  # n odd: one matrix product instead of as many products as there are rows
-        y = y.flatten(1) @ _matrix(odd, outer, y.device)
+        y = y.flatten(1) @ hartley_matrix(odd, outer, y.device)
     return y.reshape(x.shape).to(x.dtype)
 
 
@@ -51,8 +51,8 @@ def odd_part(n: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _matrix(odd: int, log2: int, device: torch.device) -> Tensor:
-    """DHT_odd (x) H_{2^log2}, float32, computed in float64.
+def hartley_matrix(odd: int, log2: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """DHT_odd (x) H_{2^log2}, computed in float64; kept, so not to be written to.
 
     Through numpy: a default dtype or device that is set while a model is built must not reach the cache, nor may
     what is cached be an inference tensor, which autograd refuses later.
@@ -63,4 +63,4 @@ def _matrix(odd: int, log2: int, device: torch.device) -> Tensor:
     for _ in range(log2):
         matrix = np.kron(matrix, np.array([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2))
     with torch.inference_mode(False):
-        return torch.from_numpy(matrix.astype(np.float32)).to(device)
+        return torch.from_numpy(matrix).to(dtype).to(device)

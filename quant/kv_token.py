@@ -20,14 +20,12 @@ A row of codes, b = 2, 4, 8: the little-endian bit stream of quant/bitstream.py.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .bitstream import pack_bits, unpack_bits
-from .hartley import odd_part
+from .hartley import hartley_matrix, odd_part
 
 STEP = {2: 0.9956867, 3: 0.5860194, 4: 0.3352006, 8: 0.0307624}
 """{bits: step of the uniform grid of 2^bits midpoints with least squared error for N(0, 1)}. The errors are .1188,
@@ -53,17 +51,9 @@ def rotate(x: Tensor) -> Tensor:
         y = torch.stack((a + b, a - b), -2).view(len(y), odd, -1)
     y = y * (1 / math.sqrt(1 << log2))
     if odd > 1:
-        matrix = _hartley(odd).to(y)
+        matrix = hartley_matrix(odd, 0, y.device, y.dtype)
         y = sum((matrix[:, j, None] * y[:, j, None] for j in range(1, odd)), matrix[:, 0, None] * y[:, 0, None])
     return y.reshape(x.shape)
-
-
-@lru_cache(maxsize=16)
-def _hartley(odd: int) -> Tensor:
-    """DHT_odd, float64 on the CPU."""
-    angle = (2 * np.pi / odd) * (np.outer(np.arange(odd), np.arange(odd)) % odd)
-    with torch.inference_mode(False):
-        return torch.from_numpy((np.cos(angle) + np.sin(angle)) / math.sqrt(odd))
 
 
 def encode(z: Tensor, bits: int, unbiased: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from bitpalette.quant.kv_token import STEP, _hartley, encode, pack, packed_bytes, rotate
+from bitpalette.quant.hartley import hartley_matrix
+from bitpalette.quant.kv_token import STEP, encode, pack, packed_bytes, rotate
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
@@ -41,7 +42,7 @@ def check(executor: Any, defines: list[str]) -> None:
         for options in executor.all_options():
             out_codes, out_gain = guarded(codes), guarded(gain)
             inputs = [guarded(torch.tensor(numbers)), guarded(reals), guarded(x), guarded(mean)]
-            matrix, at_slots = guarded(_hartley(5).float().contiguous()), guarded(slots)
+            matrix, at_slots = guarded(hartley_matrix(5, 0, torch.device("cpu"))), guarded(slots)
             library.call("run_kv_append", *inputs, matrix, at_slots, out_codes, out_gain, options=options)
             assert torch.equal(out_gain.tensor, want_gain), f"gain differs, {bits} bits, {options}"
             assert torch.equal(out_codes.tensor, want_codes), f"codes differs, {bits} bits, {options}"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitpalette.quant.hartley import odd_part
-from bitpalette.quant.kv_token import STEP, _hartley, encode, pack, packed_bytes, rotate
+from bitpalette.quant.hartley import hartley_matrix, odd_part
+from bitpalette.quant.kv_token import STEP, encode, pack, packed_bytes, rotate
 
 pytestmark = pytest.mark.hostexec
 
@@ -31,7 +31,7 @@ def inputs(hostexec: Any, x: Tensor, mean: Tensor | None, turn: bool, *last: int
     odd, log2 = odd_part(width)
     numbers = [DTYPES[x.dtype], x.stride(0), x.stride(1), tokens, heads, width, turn, odd, log2, *last]
     reals = [1 / math.sqrt(1 << log2), STEP.get(last[1], 0.0)]
-    matrix = _hartley(odd).float().contiguous() if odd > 1 and turn else None
+    matrix = hartley_matrix(odd, 0, torch.device("cpu")) if odd > 1 and turn else None
     tensors = [torch.tensor(numbers, dtype=torch.int64), torch.tensor(reals, dtype=torch.float32), x, mean, matrix]
     return [None if t is None else hostexec.guarded(t) for t in tensors]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bitpalette.kernels import kv_cuda, native_cuda
-from bitpalette.kernels.kv_cpu import Dense, Pages
 from bitpalette.kernels.kv_cuda import KVCuda, split_counts
+from bitpalette.kernels.kv_parts import Dense, Pages
 from bitpalette.kernels.kv_reference import attention
 from bitpalette.kernels.kv_rows import KVRows
 from bitpalette.quant.kv_format import PAGE, KVError, KVFormat

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitpalette.kernels.kv_cpu import BITS, Dense, KVCpu, Pages
+from bitpalette.kernels.kv_cpu import KVCpu
+from bitpalette.kernels.kv_parts import BITS, Dense, Pages
 from bitpalette.kernels.kv_reference import attention
 from bitpalette.kernels.kv_rows import KVRows
 from bitpalette.quant.kv_format import PAGE, KVFormat

@@ -63,7 +63,7 @@ def test_leading_dimensions_and_dtypes(shape: tuple[int, ...], dtype: torch.dtyp
 
 
 def test_gradient_after_a_first_call_in_inference_mode(rng_weight) -> None:
-    hartley._matrix.cache_clear()
+    hartley.hartley_matrix.cache_clear()
     x = rng_weight(2, 24)
     with torch.inference_mode():
         hartley_hadamard(x)
@@ -73,7 +73,7 @@ def test_gradient_after_a_first_call_in_inference_mode(rng_weight) -> None:
 
 
 def test_a_default_dtype_does_not_reach_the_cache(rng_weight) -> None:
-    hartley._matrix.cache_clear()
+    hartley.hartley_matrix.cache_clear()
     x = rng_weight(2, 24)
     try:
         torch.set_default_dtype(torch.bfloat16)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitpalette.kernels.kv_cpu import Dense, Pages
+from bitpalette.kernels.kv_parts import Dense, Pages
 from bitpalette.kernels.kv_reference import attention
 from bitpalette.kernels.kv_rows import KVRows
 from bitpalette.kernels.kv_triton import KVLaunch, KVTriton
