@@ -296,14 +296,21 @@ def _main_loop(instructions: list[tuple[int, str, str]]) -> int:
     return -best[1] if best[0] else 0
 
 
+NOT_QUICK = re.compile(
+    r" M=(?!1$)|int bits[238] group 128|^dense .*(channel|group (64|128))|trellis (16|33|80)/16"
+    r"|kv attention .*(D=80|D=256|fp16|fp32)|kv (append|combine|rotate) .*D=(128|256)"
+)
+"""Names of cases that differ from others in the shape alone, of weights, tokens or heads."""
+
+
 def reports(arches: tuple[int, ...] = ARCHITECTURES, match: str = "", quick: bool = False) -> Iterator[Report]:
     """A report for each case whose name holds `match`, one after another as they are compiled.
 
-    quick: every kernel and format, but products of one token alone.
+    quick: every kernel and every number of bits, without NOT_QUICK.
     """
     for arch in arches:
         for case in cases(arch):
-            if match in case.name and not (quick and re.search(r" M=(?!1$)", case.name)):
+            if match in case.name and not (quick and NOT_QUICK.search(case.name)):
                 yield compile_case(case, arch)
 
 
@@ -311,7 +318,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--match", default="", help="only kernels whose name holds this")
-    parser.add_argument("--quick", action="store_true", help="products of one token alone")
+    parser.add_argument("--quick", action="store_true", help="one shape of a kernel and format")
     arguments = parser.parse_args()
     print(HEADER)
     wrong, compiled = [], 0

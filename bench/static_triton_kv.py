@@ -72,7 +72,8 @@ def _numbers(types: dict[str, str]) -> tuple[str, ...]:
 
 
 def _attention(bits_k: int, bits_v: int, head_dim: int, rows: int, dtype: str, processors: int) -> dict[str, Any]:
-    launch = launch_for(1, KV_HEADS, rows, PAGES, head_dim, processors, 4 if dtype == "fp32" else 2)
+    itemsize = 4 if dtype == "fp32" else 2
+    launch = launch_for(1, KV_HEADS, rows, PAGES, head_dim, processors, itemsize, max(bits_k, bits_v))
     types = {"q": "*fp32", "k_codes": KEYS[bits_k], "v_codes": VALUES[bits_v], "k_gain": "*fp16"}
     types |= {"v_gain": "*fp16", "table": "*i32", "page_lengths": "*i32"}
     if bits_k == 3:

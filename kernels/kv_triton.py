@@ -67,14 +67,23 @@ class KVLaunch:
 
 
 def launch_for(
-    batch: int, kv_heads: int, rows: int, pages: int, head_dim: int, processors: int, itemsize: int = 2
+    batch: int,
+    kv_heads: int,
+    rows: int,
+    pages: int,
+    head_dim: int,
+    processors: int,
+    itemsize: int = 2,
+    bits: int = 4,
 ) -> KVLaunch:
     """How attention is launched. rows: query heads of a kv head times new tokens; pages: that a row has room for, not
-    those that it has; processors: the GPU's multiprocessors; itemsize: of 16-bit parts, 4 in float32."""
+    those that it has; processors: the GPU's multiprocessors; itemsize: of 16-bit parts, 4 in float32; bits: of keys or
+    of values, whichever have more."""
     # 64 channels are four planes of 16, all that one warp multiplies: a second does the same again. Twice as many are
-    # there only where float32 parts would spill (of 256 channels 152 bytes; with eight warps 8 are left)
+    # there only where float32 parts would spill (of 256 channels 152 bytes; with eight warps 8 are left), or 64
+    # channels of 8 bits (72 bytes on sm_80)
     warps = 4 if head_dim > 64 else 1
-    warps *= 2 if itemsize == 4 and (head_dim <= 64 or head_dim > 128) else 1
+    warps *= 2 if (itemsize == 4 and (head_dim <= 64 or head_dim > 128)) or (bits == 8 and head_dim <= 64) else 1
     programs = batch * kv_heads * -(-rows // BLOCK_M)
     resident = processors * (4 if head_dim > 64 else 8)
     splits = min(-(-resident // programs), -(-pages // LEAST_PAGES), MOST_SPLITS)
@@ -133,9 +142,8 @@ class KVTriton:
         q = q.contiguous()
         if launch is None:
             widest, itemsize = max(sizes.head_dim, head_dim_v), (sizes.dtype or torch.float16).itemsize
-            launch = launch_for(
-                batch, kv_heads, rows, pages.block_table.shape[1], widest, _processors(q.device), itemsize
-            )
+            places, bits = pages.block_table.shape[1], max(pages.bits_k, pages.bits_v)
+            launch = launch_for(batch, kv_heads, rows, places, widest, _processors(q.device), itemsize, bits)
         splits = launch.splits + 1
         parts = torch.empty(batch, kv_heads, splits, rows, head_dim_v, dtype=torch.float32, device=q.device)
         most, sum = torch.empty(2, batch, kv_heads, splits, rows, dtype=torch.float32, device=q.device)
