@@ -297,7 +297,7 @@ def _main_loop(instructions: list[tuple[int, str, str]]) -> int:
 
 
 NOT_QUICK = re.compile(
-    r" M=(?!1$)|int bits[238] group 128|^dense .*(channel|group (64|128))|trellis (16|33|80)/16"
+    r" M=(?!1$)|int bits[238] group 128|^dense int.*(channel|group (64|128))|trellis (16|33|80)/16"
     r"|kv attention .*(D=80|D=256|fp16|fp32)|kv (append|combine|rotate) .*D=(128|256)"
 )
 """Names of cases that differ from others in the shape alone, of weights, tokens or heads."""
