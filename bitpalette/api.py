@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -203,6 +204,7 @@ def prepare_compilation(
     stats: str | Path | None = None,
     tune_seconds: float | None = None,
     device: str | torch.device = "cpu",
+    beside: Mapping[str, bytes] = MappingProxyType({}),
     events: Events | None = None,
 ) -> Compilation:
     """As `compile_checkpoint`, all checks done and nothing written yet: `.sizes()` tells what `.run()` will write."""
@@ -219,5 +221,6 @@ def prepare_compilation(
         tune_seconds=tune_seconds,
         device=device,
         version=__version__,
+        beside=beside,
         events=events,
     )

@@ -10,9 +10,10 @@ same, and so is the result, byte for byte.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class Compilation:
     statistics. dtype: that hidden states are computed in. stats: a folder of statistics of the original model,
     collected there where it has none yet, and used by any later plan; without it every block's statistics are taken
     behind the quantized blocks before it. tune_seconds: time box of a plan's tuning. device: where to compute; parts of
-    the model come to it one at a time, and the result depends on its type in the last bits. Raises FormatError,
-    PlanError, CalibrationError.
+    the model come to it one at a time, and the result depends on its type in the last bits. beside: other
+    files of the result, by name. Raises FormatError, PlanError, CalibrationError.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Compilation:
         tune_seconds: float | None = None,
         device: torch.device | str = "cpu",
         version: str = "",
+        beside: Mapping[str, bytes] = MappingProxyType({}),
         events: Events | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise PlanError(f"hidden states are computed in one of {list(DTYPES)}; got {dtype!r}")
         self.source, self.plan, self.out, self.tune_seconds = source, plan, out, tune_seconds
+        self.beside = beside
         self.device = choose_device(str(device))
         self.dtype, self.version, self.events = DTYPES[dtype], version, events or Events()
         self.skeleton = Skeleton(source)
@@ -279,6 +282,8 @@ class Compilation:
         if tuning is not None:
             report["tuning"] = tuning
         write_atomically(self.out / REPORT, json.dumps(report, indent=1).encode())
+        for name, content in self.beside.items():
+            write_atomically(self.out / name, content)
         write_atomically(self.out / "README.md", self._card(records).encode())
         write_atomically(self.out / "config.json", json.dumps(config, indent=2).encode())
         write_manifest(self.out)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.errors import FormatError
 from ..formats.native import stored_name
 from ..formats.shards import ShardWriter
 from ..quant.scheme import Scheme
@@ -19,17 +18,18 @@ from ..quant.solver import quantize_tensor
 from ..quant.stats import Stats, output_error
 from ..quant.tensor import QuantizedTensor, field_specs, stack
 from . import stream as streaming
-from .collect import Moment, collecting, finished
+from .collect import collecting, finished
+from .collect_stats import calibration_tokens, collect_statistics, head_stats, missing_parts
 from .fisher import fisher_diagonal
 from .journal import Journal
 from .plan import PlanError
 from .report import Record
 from .store import LayerStats, StatsStore
 from .stream import Stream
-from .text import Calibration, self_written, sequences
+from .text import Calibration
 from .tune import TuneEvents, TuneSettings, learning_rate, tune
 from .tune_student import Compiled
-from .whole import load_model, load_tokenizer
+from .whole import load_model
 
 HIDDEN_EVERY = 20.0
 """Seconds between two copies of the hidden states on disk: what a killed run computes again at most, roughly."""
@@ -134,54 +134,19 @@ class Run:
         kept = self.journal.tokens()
         if kept is not None:
             return kept
-        if calibration.text == "self":
-            with torch.no_grad():
-                tokens = self_written(calibration, load_model(self.c.source, self.c.dtype, self.c.device))
-        else:
-            tokens = sequences(calibration, load_tokenizer(self.c.source))
-        vocabulary = self.skeleton.model.get_input_embeddings().weight.shape[0]
-        if int(tokens.max()) >= vocabulary:
-            raise FormatError(
-                f"{self.c.source.path}: the tokenizer gives token {int(tokens.max())}, the model has {vocabulary}"
-            )
+        tokens = calibration_tokens(self.c.source, calibration, self.skeleton, self.c.dtype)
         self.journal.save_tokens(tokens)
         return tokens
 
     def _collect(self, store: StatsStore) -> None:
-        """The statistics of the original model that the folder lacks, for every layer that could ever need them."""
-        blocks = len(self.skeleton.blocks)
-        missing = [part for part in range(blocks + 1) if not store.has(part)]
-        if not missing:
+        """The statistics of the original model that the folder lacks."""
+        if not missing_parts(store, self.skeleton):
             self.c.events.note(f"statistics from {store.folder}")
             return
         assert self.c.calibration is not None
         self.tokens = self._tokens(self.c.calibration)
         self._begin()
-        self.stream = streaming.start(self.skeleton, self.tokens, self.c.dtype)
-        for index in range(blocks):
-            names = self.skeleton.parameters_of(index)
-            block = self.skeleton.blocks[index][1]
-            with self.skeleton.loaded(names), torch.no_grad():
-                self.skeleton.cast(names, self.c.dtype)
-                if index in missing:
-                    with collecting(
-                        self.skeleton.model, {n: self.c.weights[n] for n in names if n in self.c.weights}
-                    ) as m:
-                        self.stream.run(block, index, keep=False)
-                    store.save(index, finished(m))
-                self.stream.run(block, index, keep=True)
-        heads = [n for n, w in self.c.weights.items() if w.head]
-        store.save(blocks, self._head_stats(heads))
-        self.stream = None
-
-    def _head_stats(self, heads: list[str]) -> dict[str, LayerStats]:
-        if not heads or self.stream is None or self.tokens is None:
-            return {}
-        moment = Moment(self.c.weights[heads[0]].shape[1], self.c.device)
-        module_name = _head_module(self.skeleton.model)
-        for x in streaming.head_inputs(self.skeleton, self.tokens, self.stream, module_name, self.c.dtype):
-            moment.add(x)
-        return {heads[0]: moment.stats()}
+        collect_statistics(self.skeleton, self.c.weights, store, self.tokens, self.c.dtype)
 
     def _block(self, index: int) -> Iterator[Record]:
         names = self.skeleton.parameters_of(index)
@@ -202,7 +167,8 @@ class Run:
         if self.store is not None:
             stats = self.store.load(len(self.skeleton.blocks), self.c.device)
         else:
-            stats = self._head_stats([n for n in names if n in self.c.schemes and self.c.weights[n].head])
+            heads = [n for n in names if n in self.c.schemes and self.c.weights[n].head]
+            stats = head_stats(self.skeleton, self.c.weights, heads, self.tokens, self.stream, self.c.dtype)
         self.stream = None
         # embeddings and head are the largest weights: one at a time, unless folding needs the norm's gain beside them
         for part in [names] if self.skeleton.fold is not None else [[name] for name in names]:
@@ -281,8 +247,3 @@ def tune_settings(compilation: Any) -> TuneSettings:
         seconds=compilation.tune_seconds,
         seed=compilation.plan.seed,
     )
-
-
-def _head_module(model: Any) -> str:
-    head = model.get_output_embeddings()
-    return next(name for name, module in model.named_modules() if module is head)

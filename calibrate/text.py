@@ -93,6 +93,23 @@ def sequences(calibration: Calibration, tokenizer: Any) -> Tensor:
     return torch.stack([ids[s : s + length] for s in starts.tolist()])
 
 
+def held_out_sequences(calibration: Calibration, tokenizer: Any, count: int) -> Tensor:
+    """int64 [count, seq_len] of the calibration text, centred between the places that `sequences` takes; where the text
+    is shorter than twice what those take, they overlap with them. "self" is held out on the builtin text."""
+    text = read_text(calibration.text) if calibration.text not in ("builtin", "self") else builtin_text()
+    ids = tokenize(tokenizer, text)
+    n, length = calibration.sequences, calibration.seq_len
+    if len(ids) < 2 * length:
+        raise CalibrationError(
+            f"{calibration.text}: the text has {len(ids)} tokens, too few to hold {count} sequences of {length} out; "
+            "give a longer text or --refine 0"
+        )
+    step = (len(ids) - length) / max(n - 1, 1)
+    gaps = torch.linspace(0, max(n - 2, 0), min(count, max(n - 1, 1)), device="cpu").round().unique()
+    starts = ((gaps + 0.5) * step).long().clamp(max=len(ids) - length)
+    return torch.stack([ids[s : s + length] for s in starts.tolist()])
+
+
 def self_written(calibration: Calibration, model: Any) -> Tensor:
     """int64 [sequences, seq_len] sampled from the whole model, where it is, at temperature 1, each begun with a random
     token; on the CPU. Another device draws other tokens."""

@@ -6,11 +6,15 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .evaluate import with_progress
 from .text import duration, parse_size, peak_memory, size
+
+if TYPE_CHECKING:
+    from ..formats.plan_file import StoredPlan
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +24,13 @@ def register(app: typer.Typer) -> None:
 def run(
     model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; new, empty, or of an interrupted run.")],
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan that `quantize plan` found, in place of the options below.")
+    ] = None,
+    verify_kl: Annotated[
+        float | None,
+        typer.Option(help="With --plan: most KL divergence from MODEL, nats a token; more is a failure."),
+    ] = None,
     bits: Annotated[
         float | None,
         typer.Option(
@@ -92,8 +103,9 @@ def run(
     """Quantize MODEL into OUT. Interrupted, the same command goes on where it stopped, to the same result."""
     from ..api import prepare_compilation
     from ..calibrate.device import choose_device
-    from ..calibrate.plan import PlanError
+    from ..calibrate.plan import Plan, PlanError
     from ..calibrate.text import Calibration
+    from ..formats.plan_file import PLAN_NAME, encoded
     from ..recipe import make_plan
 
     try:
@@ -105,6 +117,9 @@ def run(
     choose_device(device)  # before anything is read
     if tune_minutes is not None and not (effort == "best" and tune_minutes > 0):
         raise PlanError(f"--tune-minutes {tune_minutes:g}: minutes above 0, with --effort best")
+    stored = None if plan_file is None else _read(plan_file, model, bits, preset, codec, solver, keep, set_)
+    if verify_kl is not None and (stored is None or not verify_kl > 0):
+        raise PlanError(f"--verify-kl {verify_kl:g}: nats a token above 0, with --plan")
     plan = make_plan(
         bits=bits,
         preset=preset,
@@ -121,6 +136,8 @@ def run(
         seed=seed,
         fold=fold,
     )
+    if stored is not None:
+        plan = Plan.from_dict(stored.plan)
     calibration = Calibration(calib, calib_tokens, seq_len, seed)
     compilation = prepare_compilation(
         model,
@@ -133,11 +150,60 @@ def run(
         stats=stats,
         tune_seconds=None if tune_minutes is None else 60 * tune_minutes,
         device=device,
+        beside={} if stored is None else {PLAN_NAME: encoded(stored)},
     )
     if dry_run:
         print_sizes(compilation, json_output)
         return
     compile_with_progress(compilation, json_output)
+    if stored is not None:
+        bless(model, out, stored, calibration, verify_kl, json_output)
+
+
+def _read(
+    path: Path,
+    model: str,
+    bits: float | None,
+    preset: str | None,
+    codec: str | None,
+    solver: str | None,
+    keep: list[str] | None,
+    set_: list[str] | None,
+) -> StoredPlan:
+    from ..calibrate.plan import PlanError
+    from ..formats.base import open_source
+    from ..formats.plan_file import read_plan
+
+    given = {"--bits": bits, "--preset": preset, "--codec": codec, "--solver": solver, "--keep": keep, "--set": set_}
+    beside = [name for name, value in given.items() if value]
+    if beside:
+        raise PlanError(f"--plan {path} says what {beside[0]} would: leave one of them out, or edit the plan")
+    stored = read_plan(path)
+    if stored.model != open_source(model).fingerprint():
+        raise PlanError(f"{path} was made for another model than {model}; plan that one")
+    return stored
+
+
+def bless(model: str, out: Path, stored: StoredPlan, calibration: Any, verify_kl: float | None, as_json: bool) -> None:
+    """Measure what was written, say it beside what was predicted, and keep it in the checkpoint. With `verify_kl` a
+    worse result loses its manifest, without which nothing loads it."""
+    from rich.console import Console
+
+    from ..calibrate.plan import PlanError
+    from ..plan_result import measure_result, store_result, take_back
+
+    measured = with_progress(lambda step: measure_result(model, out, calibration, step))
+    store_result(out, stored, measured)
+    predicted = stored.predicted
+    line = f"KL {measured.kl:.4f} ± {measured.kl_se:.4f} measured, {predicted.kl:.4f} ± {predicted.kl_se:.4f} predicted"
+    line += f"; perplexity {measured.perplexity:.2f}, original {measured.reference_perplexity:.2f}"
+    Console(stderr=as_json, soft_wrap=True, highlight=False).print(line)
+    if verify_kl is not None and not measured.kl <= verify_kl:
+        take_back(out)
+        raise PlanError(
+            f"{out}: KL {measured.kl:.4f} is more than --verify-kl {verify_kl:g}; it is left without a manifest, so "
+            "that nothing loads it: give more bits, or --effort best"
+        )
 
 
 def print_sizes(compilation: Any, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitpalette.calibrate import stream as streaming
-from bitpalette.calibrate.run import _head_module
+from bitpalette.calibrate.collect_stats import head_module
 from bitpalette.calibrate.skeleton import Skeleton
 from bitpalette.calibrate.whole import load_model
 from bitpalette.formats.base import open_source
@@ -41,7 +41,7 @@ def test_every_family(
     source = open_source(checkpoint(family))
     tokens = torch.randint(4, 203, (5, 24), generator=torch.Generator().manual_seed(1))
     whole, skeleton = load_model(source, torch.float32), Skeleton(source)
-    head = _head_module(skeleton.model)
+    head = head_module(skeleton.model)
     want = block_inputs(whole, [name for name, _ in skeleton.blocks] + [head], tokens)
     stream = streaming.start(skeleton, tokens, torch.float32)
     assert [h.shape[0] for h in stream.hidden] == ([2, 2, 1] if batch_tokens == 48 else [5])

@@ -1,0 +1,343 @@
+"""`quantize plan`: which weight gets which bits, within what can be afforded; `quantize pareto`: several budgets."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .text import duration, parse_size, size
+
+if TYPE_CHECKING:
+    from ..formats.plan_file import StoredPlan
+    from ..planning import Planner
+
+OUT = Path("quantization_plan.json")
+PARETO = Path("pareto.json")
+STATS = ".stats"
+"""Behind the plan's name: the folder of what was measured, where none is named."""
+
+Model = Annotated[str, typer.Argument(help="A transformers folder, a .gguf file, or a hub id.")]
+Calib = Annotated[str, typer.Option(help="Calibration text: a file, builtin, or self.")]
+CalibTokens = Annotated[int, typer.Option(help="Tokens to calibrate on.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens of one calibration sequence.")]
+Palette = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Schemes to choose from: trellis, int, lut, float, with bits as in trellis=2/2.5/3 or int=4/8.",
+        show_default="trellis,int=6/8",
+    ),
+]
+Effort = Annotated[str, typer.Option(help="fast, normal or best, as of `quantize run`.")]
+Keep = Annotated[list[str] | None, typer.Option(help="Pattern of weights to keep at 16 bits.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="PATTERN=SCHEME: these get this scheme.")]
+HeadBits = Annotated[
+    float | None, typer.Option(help="Bits of the output head; 16 keeps it.", show_default="in the plan")
+]
+EmbedBits = Annotated[float | None, typer.Option(help="Bits of embeddings; 16 keeps them.", show_default="in the plan")]
+Serve = Annotated[str | None, typer.Option(help="vllm: weights that it fuses share a scheme.")]
+Refine = Annotated[int, typer.Option(help="Rounds of measuring true KL divergences and planning again.")]
+SensitivityTokens = Annotated[int, typer.Option(help="Tokens that sensitivities are measured on.")]
+Stats = Annotated[
+    Path | None,
+    typer.Option(help="Folder of what is measured; further plans reuse it.", show_default="beside the plan"),
+]
+Seed = Annotated[int, typer.Option(help="Of random signs, labels and self-written text.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan")(plan)
+    app.command("pareto")(pareto)
+
+
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="File for the plan.")] = OUT,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits a weight on average over quantized weights, scales counted.")
+    ] = None,
+    size_: Annotated[str | None, typer.Option("--size", help="Of the files, such as 90MB.")] = None,
+    palette: Palette = None,
+    effort: Effort = "normal",
+    keep: Keep = None,
+    set_: Set = None,
+    head_bits: HeadBits = None,
+    embed_bits: EmbedBits = None,
+    serve: Serve = None,
+    refine: Refine = 1,
+    calib: Calib = "builtin",
+    calib_tokens: CalibTokens = 65536,
+    seq_len: SeqLen = 512,
+    sensitivity_tokens: SensitivityTokens = 4096,
+    stats: Stats = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Find the bits of every weight of MODEL that cost least KL divergence within a budget; `quantize run --plan` runs
+    the plan. What was measured is kept: another budget then takes seconds."""
+    from ..formats.plan_file import write_plan
+    from ..planning import Budget
+
+    budget = Budget(bits=bits, size_bytes=None if size_ is None else sized("--size", size_))
+    check_place(out)
+    started = time.monotonic()
+
+    def found(planner: Planner) -> StoredPlan:
+        planner.measure()
+        chosen_plan, chosen, rounds = planner.refine(budget, refine)
+        return planner.stored(chosen_plan, chosen, budget, rounds, command_line())
+
+    stored = with_planner(
+        found,
+        model,
+        stats or out.with_suffix(STATS),
+        palette=palette,
+        effort=effort,
+        keep=keep,
+        set_=set_,
+        head_bits=head_bits,
+        embed_bits=embed_bits,
+        serve=serve,
+        calib=calib,
+        calib_tokens=calib_tokens,
+        seq_len=seq_len,
+        sensitivity_tokens=sensitivity_tokens,
+        seed=seed,
+        device=device,
+    )
+    write_plan(out, stored)
+    if json_output:
+        print(json.dumps({"out": str(out), **summary_of(stored), "seconds": round(time.monotonic() - started, 2)}))
+        return
+    show(stored, out, time.monotonic() - started)
+
+
+def pareto(
+    model: Model,
+    bits: Annotated[str, typer.Option(help="Average bits, with commas between.")] = "2,2.5,3,3.5,4",
+    out: Annotated[Path, typer.Option(help="File for the points.")] = PARETO,
+    plot: Annotated[Path | None, typer.Option(help="A .png of them.")] = None,
+    palette: Palette = None,
+    effort: Effort = "normal",
+    keep: Keep = None,
+    set_: Set = None,
+    head_bits: HeadBits = None,
+    embed_bits: EmbedBits = None,
+    serve: Serve = None,
+    calib: Calib = "builtin",
+    calib_tokens: CalibTokens = 65536,
+    seq_len: SeqLen = 512,
+    sensitivity_tokens: SensitivityTokens = 4096,
+    stats: Stats = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Predicted KL divergence of MODEL at several average bits, all solved from one calibration and measured in one
+    pass through the model (with the quickest search for trellis codes)."""
+    from ..formats.atomic import write_atomically
+    from ..planning import Budget
+    from .evaluate import numbers
+    from .picture import check_plot
+
+    budgets = [Budget(bits=b) for b in numbers("--bits", bits, 1, 8, float)]
+    check_place(out)
+    check_plot(plot)
+
+    def found(planner: Planner) -> list[dict[str, Any]]:
+        planner.measure()
+        return planner.front(budgets)
+
+    points = with_planner(
+        found,
+        model,
+        stats or out.with_suffix(STATS),
+        palette=palette,
+        effort=effort,
+        keep=keep,
+        set_=set_,
+        head_bits=head_bits,
+        embed_bits=embed_bits,
+        serve=serve,
+        calib=calib,
+        calib_tokens=calib_tokens,
+        seq_len=seq_len,
+        sensitivity_tokens=sensitivity_tokens,
+        seed=seed,
+        device=device,
+    )
+    write_atomically(out, json.dumps(points, indent=1).encode())
+    if plot is not None:
+        draw_front(points, plot)
+    if json_output:
+        print(json.dumps(points))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("bits", "files", "KL predicted", "measured", box=None)
+    for p in points:
+        table.add_row(
+            f"{p['bits']:.3f}",
+            size(p["bytes"]),
+            f"{p['predicted']:.4f}",
+            f"{p['measured']:.4f} ± {p['measured_se']:.4f}",
+        )
+    Console().print(table)
+
+
+def with_planner(
+    action: Callable[[Planner], Any],
+    model: str,
+    folder: Path,
+    *,
+    palette: list[str] | None,
+    effort: str,
+    keep: list[str] | None,
+    set_: list[str] | None,
+    head_bits: float | None,
+    embed_bits: float | None,
+    serve: str | None,
+    calib: str,
+    calib_tokens: int,
+    seq_len: int,
+    sensitivity_tokens: int,
+    seed: int,
+    device: str,
+) -> Any:
+    """What action(planner) returns, with a progress bar on stderr for every phase."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..calibrate.text import Calibration
+    from ..formats.base import open_source
+    from ..palette import outer_palette
+    from ..palette import palette as schemes_of
+    from ..planning import Planner
+    from ..recipe import make_plan
+
+    template = make_plan(
+        bits=4, effort=effort, head_bits=head_bits, embed_bits=embed_bits, keep=keep or (), set_=set_ or (), seed=seed
+    )
+    chosen_outside = head_bits is None and embed_bits is None
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def step(phase: str, done: int, of: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=of)
+            bar.update(tasks[phase], completed=done, total=of)
+
+        planner = Planner(
+            open_source(model),
+            template,
+            schemes_of(palette or (), effort),
+            outer_palette(palette or (), effort) if chosen_outside else (),
+            Calibration(calib, calib_tokens, seq_len, seed),
+            folder,
+            serve=serve,
+            device=device,
+            sensitivity_tokens=sensitivity_tokens,
+            effort=effort,
+            progress=step,
+        )
+        return action(planner)
+
+
+def sized(option: str, text: str) -> int:
+    from ..calibrate.plan import PlanError
+
+    try:
+        return parse_size(text)
+    except (ValueError, OverflowError):
+        raise PlanError(f"{option} {text!r} is no size such as 90MB or 4GB") from None
+
+
+def check_place(out: Path) -> None:
+    """FormatError where the file could not be written, before minutes are spent on it."""
+    from ..formats.errors import FormatError
+
+    if out.is_dir():
+        raise FormatError(f"{out} is a folder; name a file for the plan")
+    if not out.absolute().parent.is_dir():
+        raise FormatError(f"{out.parent}: there is no such folder; make it first")
+
+
+def command_line() -> str:
+    return shlex.join(["quantize", *sys.argv[1:]])
+
+
+def summary_of(stored: StoredPlan) -> dict[str, Any]:
+    return {
+        "bits_per_weight": stored.bits_per_weight,
+        "predicted": stored.predicted.model_dump(),
+        "bytes": stored.bytes.model_dump(),
+        "solver": stored.solver.model_dump(),
+        "rounds": [r.model_dump() for r in stored.rounds],
+    }
+
+
+def show(stored: StoredPlan, out: Path, seconds: float) -> None:
+    """The plan in a table: bits by kind of weight, bytes by part, what is predicted."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    kinds: dict[str, list[Any]] = {}
+    for name, weight in stored.weights.items():
+        role = name.removesuffix(".weight").rpartition(".")[2] if weight.part == "linear" else weight.part
+        kinds.setdefault(role, []).append(weight)
+    table = Table("weights", "number", "bits, mean", "least", "most", "bytes", "KL", box=None)
+    for role, found in kinds.items():
+        bits = [w.bits for w in found]
+        total, numbers = sum(w.bytes for w in found), sum(w.bytes * 8 / w.bits for w in found)
+        kl = sum(w.predicted for w in found)
+        mean = 8 * total / numbers
+        table.add_row(
+            role, str(len(found)), f"{mean:.2f}", f"{min(bits):.2f}", f"{max(bits):.2f}", size(total), f"{kl:.4f}"
+        )
+    console.print(table)
+    p = stored.predicted
+    line = f"{stored.bits_per_weight:.3f} bits a weight, files {size(stored.bytes.file)}; KL {p.kl:.4f} ± {p.kl_se:.4f}"
+    if p.perplexity is not None and p.reference_perplexity is not None:
+        line += f", perplexity {p.perplexity:.2f} (original {p.reference_perplexity:.2f})"
+    console.print(line + " predicted")
+    for r in stored.rounds:
+        console.print(
+            f"true KL {r.measured:.4f} ± {r.measured_se:.4f} where {r.predicted:.4f} was predicted; planning again "
+            f"bought {r.bought:.4f}"
+        )
+    s = stored.solver
+    told = "none is cheaper" if s.exact else f"another could be cheaper by {s.gap:.2g} at most"
+    console.print(f"solved in {s.seconds:.2f} s over {s.items} weights x {s.candidates} schemes: {told}")
+    console.print(f"{out} in {duration(seconds)}; `quantize run MODEL OUT --plan {out}` runs it")
+
+
+def draw_front(points: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from .picture import write_picture
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    xs = [p["bits"] for p in points]
+    axes.plot(xs, [p["predicted"] for p in points], "o--", label="predicted")
+    axes.errorbar(
+        xs, [p["measured"] for p in points], yerr=[p["measured_se"] for p in points], fmt="s-", label="measured"
+    )
+    axes.set_yscale("log")
+    axes.set_xlabel("bits a weight")
+    axes.set_ylabel("KL divergence, nats a token")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    write_picture(path, figure)

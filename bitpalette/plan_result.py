@@ -1,0 +1,64 @@
+"""What came of a plan: the written checkpoint against the original, kept beside what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .calibrate.evaluate import evaluate
+from .calibrate.text import Calibration, held_out_sequences
+from .calibrate.whole import load_model, load_tokenizer
+from .evaluation import load_any
+from .formats.atomic import write_atomically
+from .formats.base import open_source
+from .formats.manifest import MANIFEST_NAME, hash_file, read_manifest, rewrite_manifest
+from .formats.plan_file import PLAN_NAME, Measured, StoredPlan, encoded
+from .kernels.activation_form import EXACT, layers_made_with
+
+TOKENS = 4096
+
+
+def measure_result(
+    model: str,
+    out: Path,
+    calibration: Calibration,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    tokens: int = TOKENS,
+) -> Measured:
+    """The checkpoint in the folder `out` against `model`, on text that its statistics were not taken on as far as the
+    calibration text has such; both in memory, inputs of layers exact: of the weights alone."""
+    source = open_source(model)
+    held_out = held_out_sequences(calibration, load_tokenizer(source), max(2, tokens // calibration.seq_len))
+    reference = load_model(source, torch.float32)
+    with layers_made_with(EXACT):
+        found = evaluate(load_any(open_source(str(out)), torch.float32), held_out, reference, progress)
+    assert found.kl_divergence is not None and found.kl_standard_error is not None and found.top1_agreement is not None
+    return Measured(
+        kl=found.kl_divergence,
+        kl_se=found.kl_standard_error,
+        perplexity=found.perplexity,
+        reference_perplexity=found.reference_perplexity,
+        top1=found.top1_agreement,
+        text_name=Path(calibration.text).name,
+        tokens=found.tokens,
+    )
+
+
+def store_result(out: Path, stored: StoredPlan, measured: Measured) -> StoredPlan:
+    """Into the checkpoint's plan file; its manifest lists the new one. Interrupted, the checkpoint is complete or lacks
+    that entry alone."""
+    told = stored.model_copy(update={"measured": measured})
+    manifest = read_manifest(out)
+    if manifest.files.pop(PLAN_NAME, None) is not None:
+        rewrite_manifest(out, manifest)
+    write_atomically(out / PLAN_NAME, encoded(told))
+    manifest.files[PLAN_NAME] = hash_file(out / PLAN_NAME)
+    rewrite_manifest(out, manifest)
+    return told
+
+
+def take_back(out: Path) -> None:
+    """Without its manifest a folder is no checkpoint."""
+    (out / MANIFEST_NAME).unlink(missing_ok=True)

@@ -1,0 +1,298 @@
+"""`quantize plan`, `quantize pareto` and `quantize run --plan`, from a tiny model to a measured checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bitpalette.calibrate.plan import PlanError
+from bitpalette.calibrate.text import Calibration
+from bitpalette.cli import main
+from bitpalette.formats.base import open_source
+from bitpalette.formats.manifest import is_complete
+from bitpalette.formats.plan_file import PLAN_NAME, StoredPlan, read_plan
+from bitpalette.palette import outer_palette, palette
+from bitpalette.plan_result import measure_result
+from bitpalette.planning import Budget, Planner
+from bitpalette.quant.tensor import stored_bytes
+from bitpalette.recipe import make_plan
+
+PROSE = " ".join(
+    f"{n} times {n + 1} is {n * (n + 1)}, and {n} less {7 * n % 11} is {n - 7 * n % 11}." for n in range(260)
+)
+SEQ_LEN = 64
+TOKENS = 64 * SEQ_LEN
+SIZES: dict[str, Any] = {
+    "vocab_size": 110,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.12,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+MENU = ["trellis=1.5/2/2.5/3/3.5/4/5"]
+
+
+@pytest.fixture
+def model(tmp_path: Path, checkpoint: Callable[..., Path]) -> Path:
+    """A llama with the tiny tokenizer of the other tests; one layer matters far more than the others."""
+    folder = checkpoint("llama")
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES))
+    with torch.no_grad():
+        llama.model.layers[0].mlp.down_proj.weight.mul_(4)
+        llama.model.layers[1].self_attn.q_proj.weight.mul_(0.05)
+    llama.save_pretrained(folder)
+    (tmp_path / "prose.txt").write_text(PROSE)
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """call(*arguments) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["quantize", *map(str, arguments)])
+        code = main()
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def planner(model: Path, tmp_path: Path) -> Callable[..., Planner]:
+    """planner(serve=.., **options of make_plan), measured."""
+
+    def make(serve: str | None = None, menu: list[str] | None = None, **options: Any) -> Planner:
+        template = make_plan(**{"bits": 4, "effort": "fast", "head_bits": 16, "embed_bits": 16} | options)
+        calibration = Calibration(str(tmp_path / "prose.txt"), TOKENS, SEQ_LEN)
+        made = Planner(
+            open_source(str(model)),
+            template,
+            palette(menu or MENU, "fast"),
+            [],
+            calibration,
+            tmp_path / "stats",
+            serve=serve,
+            sensitivity_tokens=1024,
+            refine_tokens=512,
+        )
+        made.measure()
+        return made
+
+    return make
+
+
+def options(tmp_path: Path) -> list[object]:
+    text = ("--calib", tmp_path / "prose.txt", "--calib-tokens", TOKENS, "--seq-len", SEQ_LEN)
+    return [*text, "--sensitivity-tokens", 1024, "--effort", "fast", "--stats", tmp_path / "stats"]
+
+
+def average(made: Planner, plan: Any) -> float:
+    schemes = made.compiled(plan).schemes
+    weights = {n: made.weights[n].shape for n in schemes}
+    total = sum(stored_bytes(s, weights[n]) for n, s in schemes.items())
+    return 8 * total / sum(a * b for a, b in weights.values())
+
+
+def test_what_matters_gets_more(planner: Callable[..., Planner]) -> None:
+    made = planner()
+    plan, chosen = made.solve(Budget(bits=3.2))
+    schemes = made.compiled(plan).schemes
+    rate = {n: s.rate for n, s in schemes.items()}  # type: ignore[attr-defined]
+    assert 3.0 <= average(made, plan) <= 3.2 and chosen.exact
+    assert rate["model.layers.0.mlp.down_proj.weight"] > rate["model.layers.1.self_attn.q_proj.weight"]
+    uniform = sum(made.cost(n, next(s for s in menu if s.rate == 3.0)) for n, menu in made.candidates.items())
+    assert chosen.cost < 0.9 * uniform
+    costs = [made.solve(Budget(bits=b))[1].cost for b in (2.0, 2.5, 3.0, 4.0)]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_predicted_is_what_is_measured(planner: Callable[..., Planner]) -> None:
+    """Before any refinement, where errors are small enough for the second order to hold."""
+    made = planner()
+    for bits in (3.5, 4.5):
+        (point,) = made.front([Budget(bits=bits)])
+        assert abs(point["predicted_as_measured"] / point["measured"] - 1) <= 0.35
+
+
+def test_refining(planner: Callable[..., Planner]) -> None:
+    made = planner()
+    budget = Budget(bits=2.5)
+    plan, chosen, rounds = made.refine(budget, 2)
+    assert len(rounds) == 2 and set(rounds[0].corrections) >= {"q_proj", "down_proj"}
+    assert average(made, plan) <= 2.5
+    assert all(abs(r.predicted / r.measured - 1) <= 0.35 for r in rounds)
+    stored = made.stored(plan, chosen, budget, rounds)
+    assert stored.predicted.perplexity is not None and stored.predicted.reference_perplexity is not None
+    assert stored.predicted.perplexity > stored.predicted.reference_perplexity
+    (measured,) = made._measured([made._schemes(plan)], made._held_out())
+    assert abs(stored.predicted.kl / measured.kl - 1) <= 0.02
+
+
+def test_a_second_plan_measures_nothing(planner: Callable[..., Planner], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = planner().solve(Budget(bits=3))
+
+    def never(*args: Any, **options: Any) -> Any:
+        raise AssertionError("measured again")
+
+    for name in ("collect_statistics", "fisher_sensitivities", "expected_errors"):
+        monkeypatch.setattr(f"bitpalette.planning.{name}", never)
+    assert planner().solve(Budget(bits=3))[0] == first
+
+
+def test_sizes_of_files_are_met(planner: Callable[..., Planner]) -> None:
+    made = planner(head_bits=None, embed_bits=None)
+    made.outer = outer_palette(["trellis=2/3/4/5"], "fast")
+    made.candidates = {n: made._candidates(n) for n in made.compilation.schemes}
+    made.errors = made._errors()
+    most = made.compiled(made.solve(Budget(bits=5))[0]).sizes().file_bytes
+    for size in (most - 2000, most - 5000):
+        plan, _ = made.solve(Budget(size_bytes=size))
+        assert size - 2500 <= made.compiled(plan).sizes().file_bytes <= size
+    with pytest.raises(PlanError, match=r"for size is short by [\d,]+ bytes: the smallest possible is [\d,]+ bytes"):
+        made.solve(Budget(size_bytes=20_000))
+    with pytest.raises(PlanError, match="short by"):
+        made.solve(Budget(bits=1.2))
+
+
+def test_two_budgets_at_once(planner: Callable[..., Planner]) -> None:
+    made = planner()
+    size = made.compiled(made.solve(Budget(bits=3))[0]).sizes().file_bytes
+    plan, chosen = made.solve(Budget(bits=4, size_bytes=size))
+    assert made.compiled(plan).sizes().file_bytes <= size and chosen.exact
+    assert chosen.cost <= made.solve(Budget(bits=3))[1].cost + 1e-9
+
+
+def test_fused_weights_share_a_scheme(planner: Callable[..., Planner]) -> None:
+    made = planner(serve="vllm")
+    plan, shared = made.solve(Budget(bits=2.7))
+    schemes = made.compiled(plan).schemes
+    for i in range(2):
+        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        assert len({schemes[f"{attention}{n}_proj.weight"] for n in "qkv"}) == 1
+        assert len({schemes[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")}) == 1
+    made.serve = None
+    assert made.solve(Budget(bits=2.7))[1].cost <= shared.cost + 1e-12
+    with pytest.raises(PlanError, match="there is vllm"):
+        planner(serve="tgi")
+
+
+def test_kept_and_set(planner: Callable[..., Planner]) -> None:
+    made = planner(keep=["layers.0.self_attn.*"], set_=["layers.1.mlp.*=int,bits=8,group_size=0"])
+    plan, _ = made.solve(Budget(bits=6))
+    schemes = made.compiled(plan).schemes
+    assert not any("layers.0.self_attn" in n for n in schemes)
+    assert all(s.codec == "int" for n, s in schemes.items() if "layers.1.mlp" in n)
+    assert sum("layers.1.mlp" in n for n in schemes) == 3
+    with pytest.raises(PlanError, match="nothing is left to plan"):
+        planner(keep=["*"])
+
+
+def test_command_to_checkpoint(model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    code, told, err = call("plan", model, "--bits", 3, "--out", plan, *options(tmp_path), "--palette", MENU[0])
+    assert code == 0, err
+    assert "down_proj" in told and "KL" in told and "quantize run MODEL OUT --plan" in told
+    stored = read_plan(plan)
+    assert stored.command.startswith("quantize plan") and stored.budget.bits == 3 and len(stored.rounds) == 1
+    assert abs(sum(w.predicted for w in stored.weights.values()) - stored.predicted.kl) <= 1e-9
+    assert stored.bits_per_weight <= 3
+    text = options(tmp_path)[:6]
+    code, told, err = call("run", model, out, "--plan", plan, *text, "--stats", tmp_path / "stats", "--json")
+    assert code == 0 and json.loads(told)["bits_per_weight"] == pytest.approx(stored.bits_per_weight, abs=1e-5), err
+    assert is_complete(out)
+    kept = read_plan(out / PLAN_NAME)
+    calibration = Calibration(str(tmp_path / "prose.txt"), TOKENS, SEQ_LEN)
+    assert kept.measured is not None and kept.measured == measure_result(str(model), out, calibration)
+    assert kept.model_copy(update={"measured": None}) == stored
+    assert abs(kept.measured.kl / kept.predicted.kl - 1) <= 0.5
+    assert {k: w.scheme for k, w in kept.weights.items()} == {
+        r["parameter"]: r["scheme"] for r in json.loads((out / "quantization_report.json").read_text())["layers"]
+    }
+
+
+def test_a_result_that_is_worse_than_asked_is_none(
+    model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    assert call("plan", model, "--bits", 2, "--out", plan, "--refine", 0, *options(tmp_path))[0] == 0
+    run = ("run", model, out, "--plan", plan, *options(tmp_path)[:6])
+    code, _, err = call(*run, "--verify-kl", 1e-6)
+    assert code == 2 and "is more than --verify-kl 1e-06" in err and not is_complete(out)
+
+
+def test_several_budgets_from_one_calibration(
+    model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    out = tmp_path / "pareto.json"
+    code, told, err = call("pareto", model, "--bits", "2,3,4", "--out", out, *options(tmp_path), "--json")
+    assert code == 0, err
+    points = json.loads(told)
+    assert points == json.loads(out.read_text()) and len(points) == 3
+    assert [round(p["bits"]) for p in points] == [2, 3, 4]
+    assert points[0]["measured"] > points[1]["measured"] > points[2]["measured"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "a plan needs a budget"),
+        (("--bits", 0.5), "an average of 1 to 8"),
+        (("--size", "much"), "is no size such as 90MB"),
+        (("--bits", 3, "--palette", "gguf"), "codecs are"),
+        (("--bits", 3, "--palette", "int=x"), "are no bits such as"),
+        (("--bits", 3, "--serve", "tgi"), "there is vllm"),
+        (("--bits", 3, "--out", "."), "is a folder"),
+        (("--bits", 3, "--out", "nowhere/plan.json"), "there is no such folder"),
+    ],
+)
+def test_bad_input(
+    arguments: tuple[object, ...],
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    call: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("plan", model, *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "quantization_plan.json").exists()
+
+
+def test_plans_that_are_none(model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    assert call("plan", model, "--bits", 3, "--out", plan, "--refine", 0, *options(tmp_path))[0] == 0
+
+    def refused(*arguments: object) -> str:
+        code, _, err = call("run", model, out, *arguments)
+        assert code == 2 and err.count("\n") == 1 and not out.exists()
+        return err
+
+    assert "cannot be read" in refused("--plan", tmp_path / "none.json")
+    assert "says what --bits would" in refused("--plan", plan, "--bits", 3)
+    assert "nats a token above 0, with --plan" in refused("--verify-kl", 0.1)
+    values = json.loads(plan.read_text())
+    plan.write_text(json.dumps(values | {"format_version": 9}))
+    assert "written by a newer bitpalette" in refused("--plan", plan)
+    plan.write_text(json.dumps(values | {"bits_per_weight": "many"}))
+    assert "bits_per_weight" in refused("--plan", plan)
+    plan.write_text(json.dumps(values | {"model": "another"}))
+    assert "was made for another model" in refused("--plan", plan)
+    plan.write_text(json.dumps(values)[:-30])
+    assert "is no JSON" in refused("--plan", plan)
+    assert StoredPlan.model_validate(values).rounds == []
