@@ -94,11 +94,11 @@ def recorders_in(skeleton: Skeleton, stop: bool, returns_tuple: bool) -> Iterato
             skeleton.model.set_submodule(name, block)
 
 
-def start(skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype) -> Stream:
+def start(skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype, batch_tokens: int = BATCH_TOKENS) -> Stream:
     """Hidden states at the first block's input, for tokens int64 [sequences, seq_len]. Loads what stands before it, on
-    the skeleton's device."""
+    the skeleton's device. batch_tokens: of one batch, at most; a batch is one sequence at least."""
     outer = skeleton.parameters_of(None)
-    batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+    batches = list(tokens.split(max(1, batch_tokens // tokens.shape[1])))
     stream = Stream([], [], skeleton.device)
     shared: dict[int, list[Any]] = {}
     with skeleton.loaded(outer), torch.no_grad():
@@ -155,10 +155,10 @@ def _record(skeleton: Skeleton, batch: Tensor) -> list[Recorder]:
     )
 
 
-def run_model(model: nn.Module, batch: Tensor) -> None:
-    """One forward over token ids int64 [batch, seq_len], without a cache."""
+def run_model(model: nn.Module, batch: Tensor) -> Any:
+    """One forward over token ids int64 [batch, seq_len], without a cache; returns what the model does."""
     takes = inspect.signature(model.forward).parameters
-    model(input_ids=batch, **({"use_cache": False} if "use_cache" in takes else {}))
+    return model(input_ids=batch, **({"use_cache": False} if "use_cache" in takes else {}))
 
 
 class _Catcher(nn.Module):
