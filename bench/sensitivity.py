@@ -2,7 +2,7 @@
 set the Fisher trace beside the KL divergence that noise of that energy causes.
 
     python bench/sensitivity.py MODEL --text valid.txt --tokens 2048 --seq-len 256
-    python bench/sensitivity.py MODEL --text valid.txt --noise 0.005,0.03 --weights '*.11.mlp.down_proj' '*.19.*.v_proj'
+    python bench/sensitivity.py MODEL --text valid.txt --noise 0.005 0.03 --weights layers.11.mlp.down_proj
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 
 import torch
 
+from bitpalette.calibrate.noise_sensitivity import noise_sensitivities
+from bitpalette.calibrate.plan import Rule
 from bitpalette.calibrate.sensitivity import fisher_sensitivities
 from bitpalette.calibrate.skeleton import DTYPES, Skeleton
 from bitpalette.calibrate.structure import quantizable
@@ -31,6 +33,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--noise", type=float, nargs="*", default=[], help="relative energies")
+    parser.add_argument("--weights", nargs="+", default=["*"], help="globs on (ends of) names, for --noise")
     parser.add_argument("--out", help="file for the sensitivities")
     args = parser.parse_args()
 
@@ -66,6 +70,20 @@ def main() -> None:
         "largest": {n: [round(inside[n].alpha, 3), round(inside[n].alpha_se, 3)] for n in largest},
     }
     print(json.dumps(line), flush=True)
+    chosen = {n: w for n, w in weights.items() if any(Rule(glob, None).matches(n) for glob in args.weights)}
+    for energy in args.noise:
+        start = time.monotonic()
+        noise = noise_sensitivities(skeleton, chosen, tokens, energy=energy, **settings)
+        seconds = time.monotonic() - start
+        for name, s in noise.items():
+            line = {
+                "weight": name,
+                "energy": energy,
+                "noise": [round(v, 4) for v in (s.alpha, s.alpha_se, s.embedding_alpha, s.embedding_alpha_se)],
+                "noise_by_fisher": round(s.alpha / fisher[name].alpha, 4),
+                "seconds_all": round(seconds, 1),
+            }
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Sensitivities of a model's weights as an artifact: one safetensors file, measured once, used for any number of plans.
 
-tensors      "<parameter>:rows"  float32 [out_features], of stacked experts [experts, out_features]; absent for a table
-                                 of embeddings that is not also the head
+tensors      "<parameter>:rows"  float32 [out_features], of stacked experts [experts, out_features]; [0] for a table of
+                                 embeddings that is not also the head
 __metadata__ {"bitpalette_sensitivities": JSON}: version, what they were measured on (fingerprints of model and text,
              tokens, seed, dtype), how ("fisher" or "noise"), and for every parameter alpha with its standard error
 
@@ -135,7 +135,7 @@ def write_sensitivities(path: str | os.PathLike[str], sensitivities: Sensitiviti
         )
     except ValidationError as error:
         raise FormatError(f"{path}: not written: {_first(error)}; measure again, in float32") from error
-    rows = {name: one.rows.detach().float().cpu().contiguous() for name, one in s.weights.items() if one.rows.numel()}
+    rows = {name: one.rows.detach().float().cpu().contiguous() for name, one in s.weights.items()}
     for name, values in rows.items():
         if not _valid(values):
             raise FormatError(f"{path}: not written: rows of {name} are negative or not finite; measure again")
@@ -163,15 +163,15 @@ def read_sensitivities(path: str | os.PathLike[str], expected_fingerprint: str |
         rows[name] = file.read(key)
         if not _valid(rows[name]):
             raise FormatError(f"{path}: tensor {key!r} is negative or not finite; {_REMEDY}")
-    for name, entry in contents.weights.items():
-        if name not in rows and entry.alpha > 0:
+    for name in contents.weights:
+        if name not in rows:
             raise FormatError(f"{path}: tensor {name + _ROWS!r} is missing; {_REMEDY}")
     return Sensitivities(
         weights={
             name: Sensitivity(
                 entry.alpha,
                 entry.alpha_se,
-                rows.get(name, torch.zeros(0)),
+                rows[name],
                 entry.embedding_alpha,
                 entry.embedding_alpha_se,
             )
