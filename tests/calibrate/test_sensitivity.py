@@ -21,6 +21,7 @@ from bitpalette.calibrate.whole import load_model
 from bitpalette.formats.base import open_source
 
 TOKENS = torch.randint(4, 200, (3, 11), generator=torch.Generator().manual_seed(7))
+TOKENS[:, 4] = TOKENS[:, 0]  # a token twice: its embedding's changes add up
 SEED = 5
 
 
@@ -90,12 +91,15 @@ def whole_model(path: Path, weights: dict[str, Weight]) -> dict[str, tuple[Tenso
         for key, (leaf,) in leaves.items():
             assert leaf.grad is not None
             name, _, table = key.partition("/")
-            square = leaf.grad.square()
             if table:
-                out[name][2][i] = 0.5 * (square.sum(-1) * leaf.detach().square().mean(-1)).sum() / length
+                for v in sequence.unique():
+                    at = sequence == v
+                    energy = leaf.detach()[0, at][0].square().mean()
+                    out[name][2][i] += 0.5 * leaf.grad[0, at].sum(0).square().sum() * energy / length
                 continue
             axis = 0 if weights[name].kind == "conv1d" else -1
-            by_row = square.sum(0).sum(axis)
+            square = leaf.grad.square().sum(0) if weights[name].head else leaf.grad.sum(0).square()
+            by_row = square.sum(axis)
             energy = model.get_parameter(name).square().mean(axis)
             out[name][0].add_(by_row / TOKENS.numel())
             out[name][1][i] = 0.5 * (by_row * energy).sum() / length
