@@ -37,7 +37,10 @@ class _Head(nn.Module):
         super().__init__()
         self.__dict__["head"] = head  # not a submodule: its parameters are not ours
         self.rows: slice | None = None
-        self.input = self.part = self.raw = self.output = None
+        self.input: Any = None
+        self.part: Any = None
+        self.raw: Any = None
+        self.output: Any = None
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -153,11 +153,11 @@ def _measure(
                 torch.log_softmax(c.value.float(), -1) for c in ends.logits(ids, _there(inputs[-1][i], skeleton))
             ]
             for change in group:
-                hidden = carried[change][i] if change in carried else inputs[-1][i]
+                last = carried[change][i] if change in carried else inputs[-1][i]
                 if change.part == blocks:
                     shares[change.name] = row_energy(original, change.weight)
                     skeleton.put(head, change.noisy(original, energy, seed))
-                for log_p, chunk in zip(reference, ends.logits(ids, _there(hidden, skeleton)), strict=True):
+                for log_p, chunk in zip(reference, ends.logits(ids, _there(last, skeleton)), strict=True):
                     log_q = torch.log_softmax(chunk.value.float(), -1)
                     kl[change][i] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)) / len(row)
                 if change.part == blocks:
