@@ -26,8 +26,8 @@ class _Read(BaseModel):
 
 
 class PlannedWeight(_Read):
-    """alpha: predicted KL (nats a token) of white noise as large as the weight; share: rho, what error feedback leaves of
-    the error; predicted: KL that its scheme is expected to cost."""
+    """alpha: predicted KL (nats a token) of white noise as large as the weight; share: rho, what error feedback leaves
+    of the error; predicted: KL that its scheme is expected to cost."""
 
     part: Literal["linear", "head", "embedding"]
     bits: Amount

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 @dataclass(frozen=True)
 class Table:
+    """rare: columns that a phone leaves out."""
+
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    rare: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def render(data: ReportData, version: str) -> str:
         dark=css_variables(DARK),
         tiles=_tiles(data),
         kl_in_words=KL_IN_WORDS,
+        kl_here=_kl_here(data),
         sections=list(_sections(data)),
         facts=_facts(data, version),
         commands=[c for c in (data.plan.command if data.plan is not None else "", data.python) if c],
@@ -77,6 +82,22 @@ def write_pngs(data: ReportData, folder: Path) -> list[Path]:
                 write_atomically(folder / f"{name}.png", png(figure))
                 written.append(folder / f"{name}.png")
     return written
+
+
+def _kl_here(data: ReportData) -> str:
+    """What the KL divergence means: exp(-KL) is the geometric mean of q / p over a text that p writes."""
+    plan = data.plan
+    stated = None if plan is None else plan.measured or plan.predicted
+    kl = 0.1 if stated is None else stated.kl
+    lead = "At 0.1, for example," if stated is None else f"At {_kl(kl)}, as here,"
+    return (
+        f"{lead} the tokens of a text that the original writes get {-math.expm1(-kl):.1%} less probability on average "
+        "(geometric mean) than the original gives them."
+    )
+
+
+def _kl(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.2e}"
 
 
 def _picture(data: ReportData, name: str, label: str) -> Picture | None:
@@ -103,13 +124,13 @@ def _tiles(data: ReportData) -> Iterable[Tile]:
     if plan is None or plan.predicted is None:
         return
     predicted, measured = plan.predicted, plan.measured
+    error = (measured or predicted).kl_se
+    spread = "" if error is None else f"± {_kl(error)}, "
     if measured is not None:
-        off = predicted.kl / measured.kl - 1 if measured.kl > 0 else 0.0
-        yield Tile(
-            "KL, measured", plus_minus(measured.kl, measured.kl_se), f"predicted {predicted.kl:.4f} ({off:+.0%})"
-        )
+        off = f" ({predicted.kl / measured.kl - 1:+.0%})" if measured.kl > 0 else ""
+        yield Tile("KL, measured", _kl(measured.kl), f"{spread}predicted {_kl(predicted.kl)}{off}")
     else:
-        yield Tile("KL, predicted", plus_minus(predicted.kl, predicted.kl_se), "not measured yet")
+        yield Tile("KL, predicted", _kl(predicted.kl), f"{spread}not measured yet")
     perplexity = measured.perplexity if measured is not None else predicted.perplexity
     if perplexity is not None:
         reference = predicted.reference_perplexity
@@ -139,7 +160,8 @@ def _predicted(data: ReportData) -> Section | None:
         )
     return Section(
         "Predicted and measured",
-        f"What the plan promised before anything was written, beside what was measured. Bars are one standard error.{where}",
+        "What the plan promised before anything was written, beside what was measured. Bars are one standard error."
+        + where,
         picture,
     )
 
@@ -151,9 +173,9 @@ def _rounds(data: ReportData) -> Section | None:
     rows = tuple(
         (
             str(i),
-            plus_minus(r.predicted, None),
+            _kl(r.predicted),
             plus_minus(r.measured, r.measured_se),
-            "" if r.bought is None else plus_minus(r.bought, None),
+            "" if r.bought is None else f"{r.bought:.4f}",
         )
         for i, r in enumerate(data.plan.rounds, 1)
     )
@@ -186,16 +208,23 @@ def _cost(data: ReportData) -> Section | None:
         return None
     picture = _picture(data, "kl_by_block", "predicted KL divergence by block")
     if picture is None:
-        rows = tuple((w.name, f"{w.bits:.2f}", _small(w.error)) for w, _ in worst)
+        errors = tuple((_short(w.name), f"{w.bits:.2f}", _small(w.error)) for w, _ in worst)
         text = "The ten weights with the largest error; without a plan it is not known what their errors cost."
-        return Section("The worst weights", text, None, Table(("weight", "bits", "error"), rows))
-    rows = tuple((w.name, f"{w.bits:.2f}", _small(w.error), _small(w.predicted), f"{share:.1%}") for w, share in worst)
+        return Section("The worst weights", text, None, Table(("weight", "bits", "error"), errors))
+    rows = tuple(
+        (_short(w.name), f"{w.bits:.2f}", _small(w.error), _small(w.predicted), f"{share:.1%}") for w, share in worst
+    )
     return Section(
         "Where the cost comes from",
         "The predicted KL divergence, split over the weights, whose costs add up. The table has the ten costliest.",
         picture,
-        Table(("weight", "bits", "error", "predicted KL", "share"), rows),
+        Table(("weight", "bits", "error", "predicted KL", "share"), rows, rare=(2,)),
     )
+
+
+def _short(name: str) -> str:
+    """What all names of a model begin and end with says nothing."""
+    return name.removesuffix(".weight").removeprefix("model.").removeprefix("transformer.")
 
 
 def _sensitivities(data: ReportData) -> Section | None:
@@ -225,7 +254,7 @@ def _histograms(data: ReportData) -> Section | None:
         return None
     rows = tuple(
         (
-            h.name,
+            _short(h.name),
             f"{h.before.kurtosis:.2f}",
             "" if h.after is None else f"{h.after.kurtosis:.2f}",
             f"{h.before.largest:.1f}",
@@ -236,7 +265,8 @@ def _histograms(data: ReportData) -> Section | None:
     return Section(
         "Weights before and after rotation",
         "Codes are made for Gaussian values. A random rotation spreads large values over all columns, and brings a "
-        "weight close to that. The kurtosis of a Gaussian is 3; largest is in standard deviations.",
+        "weight close to that. The kurtosis of a Gaussian is 3. The largest value is "
+        "in standard deviations; what lies beyond 8 is drawn at 8.",
         picture,
         Table(("weight", "kurtosis", "rotated", "largest", "rotated"), rows),
     )
@@ -250,8 +280,8 @@ def _pareto(data: ReportData) -> Section | None:
         (
             f"{p.bits:.2f}",
             "" if p.bytes is None else size(p.bytes),
-            "" if p.predicted is None else plus_minus(p.predicted, None),
-            "" if p.measured is None else plus_minus(p.measured, None),
+            _kl(p.predicted),
+            _kl(p.measured),
         )
         for p in data.pareto
     )

@@ -70,7 +70,7 @@ def drawing(theme: Theme) -> Iterator[None]:
     """matplotlib's settings for all that is drawn and saved inside."""
     import matplotlib
 
-    settings = {
+    settings: Any = {
         "font.size": 9,
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
@@ -137,7 +137,7 @@ def bytes_by_part(data: ReportData, canvas: Canvas) -> Any:
     names = [PART_NAMES[part] + (" and head" if data.tied and part == "embedding" else "") for part, _ in parts]
     axes.barh(names, [n / 1e6 for _, n in parts], color=canvas.theme.series[0], height=0.62)
     for i, (_, n) in enumerate(parts):
-        axes.text(n / 1e6 + most / 1e6 * 0.012, i, f"{size(n)}, {n / whole:.0%}", va="center", color=canvas.theme.ink)
+        axes.text(n / 1e6 + most / 1e6 * 0.012, i, f"{size(n)}, {n / whole:.1%}", va="center", color=canvas.theme.ink)
     axes.invert_yaxis()
     axes.set(xlabel="MB", xlim=(0, most / 1e6 * (1.2 if canvas.wide else 1.55)))
     return figure
@@ -257,6 +257,7 @@ def histograms(data: ReportData, canvas: Canvas) -> Any:
             drawn = [d if d > 0 else math.nan for d in shape.density]
             axes.step(centers, drawn, where="mid", color=canvas.theme.series[colour], linewidth=1.3, label=label)
         axes.set(yscale="log", xlim=(-REACH, REACH), ylim=(1e-7, 1.5))
+        axes.set_xticks([-8, -4, 0, 4, 8])
         if number == 0 or not canvas.wide:
             axes.set_ylabel("density")
         if number == count - 1 or canvas.wide:
@@ -284,7 +285,8 @@ def pareto(data: ReportData, canvas: Canvas) -> Any:
         axes.plot(
             [_linear_bits(data)], [here.kl], "*", markersize=13, color=canvas.theme.series[2], label="this checkpoint"
         )
-    axes.set(yscale="log", xlabel="bits a weight", ylabel="KL, nats a token")
+    axes.set(xlabel="bits a weight", ylabel="KL, nats a token")
+    _plain_log(axes)
     canvas.legend(figure, axes, 3)
     return figure
 
@@ -316,10 +318,22 @@ def _by_block(
             marker=_MARKERS[number % len(_MARKERS)], markersize=3.5, linewidth=1.1, elinewidth=0.8,
             color=canvas.theme.series[number % len(canvas.theme.series)],
         )  # fmt: skip
-    axes.set(yscale="log", xlabel="block", ylabel=label)
+    axes.set(xlabel="block", ylabel=label)
+    _plain_log(axes)
     axes.set_xticks(*ticks)
     canvas.legend(figure, axes, 8)
     return figure
+
+
+def _plain_log(axes: Any) -> None:
+    """A log scale whose ticks are plain numbers: 1, 2 and 5 of every decade, or over many decades 1 alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _kinds(weights: Sequence[WeightRow]) -> list[str]:
@@ -344,7 +358,8 @@ def _places(
     every = max(1, math.ceil(len(blocks) / (16 if canvas.wide else 7)))
     shown = blocks[::every]
     words = {kind: _short(kind) for kind in outer}
-    return places, ([places[k] for k in [*shown, *outer]], [*map(str, shown), *(words[k] for k in outer)])
+    where = [places[b] for b in shown] + [places[kind] for kind in outer]
+    return places, (where, [*map(str, shown), *(words[k] for k in outer)])
 
 
 def _short(kind: str) -> str:

@@ -46,6 +46,10 @@ def _ramp(low: str, middle: str, high: str) -> tuple[str, ...]:
     return tuple(colours)
 
 
+def _stand_in(number: int) -> str:
+    return f"#fe00{number:02x}"
+
+
 LIGHT = Theme(
     ink="#1b1b19",
     muted="#63625c",
@@ -63,10 +67,15 @@ DARK = Theme(
     ramp=_ramp("#1c3049", "#3d80cf", "#d4e6fd"),
 )
 _NAMES = list(LIGHT.variables())
+_DIGITS = re.compile(r"(\d+\.\d{2})\d+")
+"""Of coordinates: hundredths of a point are enough."""
 STAND_IN = Theme(
-    *(f"#fe00{i:02x}" for i in range(4)),
-    series=tuple(f"#fe00{4 + i:02x}" for i in range(SERIES)),
-    ramp=tuple(f"#fe00{4 + SERIES + i:02x}" for i in range(RAMP)),
+    ink=_stand_in(0),
+    muted=_stand_in(1),
+    grid=_stand_in(2),
+    surface=_stand_in(3),
+    series=tuple(_stand_in(4 + i) for i in range(SERIES)),
+    ramp=tuple(_stand_in(4 + SERIES + i) for i in range(RAMP)),
 )
 
 
@@ -92,7 +101,7 @@ def inline_svg(figure: Any, name: str, label: str) -> str:
     svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg).replace("url(#", f"url(#{name}-")
     svg = re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--{_NAMES[int(found[1], 16)]})", svg)
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)  # hundredths of a point are enough
+    svg = re.sub(r'\b(d|x|y|transform)="[^"]*"', lambda found: _DIGITS.sub(r"\1", found[0]), svg)
     svg = re.sub(
         r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>',
         rf'<svg viewBox="\1" role="img" aria-label="{escape(label)}">',
