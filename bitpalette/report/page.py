@@ -52,8 +52,10 @@ class Tile:
 def render(data: ReportData, version: str) -> str:
     """HTML. version: of the bitpalette that writes it."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup, escape
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    environment.filters["breakable"] = lambda name: Markup(str(escape(name)).replace(".", ".<wbr>"))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         data=data,
         light=css_variables(LIGHT),
@@ -85,14 +87,14 @@ def write_pngs(data: ReportData, folder: Path) -> list[Path]:
 
 
 def _kl_here(data: ReportData) -> str:
-    """What the KL divergence means: exp(-KL) is the geometric mean of q / p over a text that p writes."""
+    """What the KL divergence means: exp(-KL) is the geometric mean of q / p over tokens drawn from p."""
     plan = data.plan
     stated = None if plan is None else plan.measured or plan.predicted
     kl = 0.1 if stated is None else stated.kl
     lead = "At 0.1, for example," if stated is None else f"At {_kl(kl)}, as here,"
     return (
-        f"{lead} the tokens of a text that the original writes get {-math.expm1(-kl):.1%} less probability on average "
-        "(geometric mean) than the original gives them."
+        f"{lead} tokens that the original would choose get {-math.expm1(-kl):.1%} less probability on average "
+        "(geometric mean) than it gives them."
     )
 
 

@@ -139,7 +139,7 @@ def bytes_by_part(data: ReportData, canvas: Canvas) -> Any:
     for i, (_, n) in enumerate(parts):
         axes.text(n / 1e6 + most / 1e6 * 0.012, i, f"{size(n)}, {n / whole:.1%}", va="center", color=canvas.theme.ink)
     axes.invert_yaxis()
-    axes.set(xlabel="MB", xlim=(0, most / 1e6 * (1.2 if canvas.wide else 1.55)))
+    axes.set(xlabel="MB", xlim=(0, most / 1e6 * (1.2 if canvas.wide else 1.9)))
     return figure
 
 

@@ -26,7 +26,7 @@ from bitpalette.report.histogram import BINS, REACH, bin_centers, histograms, sh
 from bitpalette.report.page import render
 from bitpalette.report.theme import DARK, LIGHT
 
-WITHOUT_END = {"meta", "br", "hr", "img", "input", "link"}
+WITHOUT_END = {"meta", "wbr", "br", "hr", "img", "input", "link"}
 
 
 @dataclass
