@@ -7,10 +7,10 @@ from typing import Any
 
 import typer
 
-from .commands import bench, demo, evaluate, generate, inspect, plan, plan_kv, run, verify
+from .commands import bench, demo, evaluate, generate, inspect, plan, plan_kv, report, run, verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for module in (run, plan, plan_kv, evaluate, inspect, verify, generate, demo, bench):
+for module in (run, plan, plan_kv, evaluate, inspect, report, verify, generate, demo, bench):
     module.register(app)
 
 UsageError: Any = typer.BadParameter.__bases__[0]

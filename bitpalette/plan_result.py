@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .calibrate.card import CARD_NAME, write_card
 from .calibrate.evaluate import evaluate
 from .calibrate.text import Calibration, held_out_sequences
 from .calibrate.whole import load_model, load_tokenizer
@@ -47,14 +48,16 @@ def measure_result(
 
 
 def store_result(out: Path, stored: StoredPlan, measured: Measured) -> StoredPlan:
-    """Into the checkpoint's plan file; its manifest lists the new one. Interrupted, the checkpoint is complete or lacks
-    that entry alone."""
+    """Into the checkpoint's plan file and its card; the manifest lists the new ones. Interrupted, the checkpoint is
+    complete or its manifest lacks those two alone."""
     told = stored.model_copy(update={"measured": measured})
     manifest = read_manifest(out)
-    if manifest.files.pop(PLAN_NAME, None) is not None:
+    names = (PLAN_NAME, CARD_NAME)
+    if [manifest.files.pop(name, None) for name in names] != [None, None]:
         rewrite_manifest(out, manifest)
     write_atomically(out / PLAN_NAME, encoded(told))
-    manifest.files[PLAN_NAME] = hash_file(out / PLAN_NAME)
+    write_card(out)
+    manifest.files |= {name: hash_file(out / name) for name in names}
     rewrite_manifest(out, manifest)
     return told
 

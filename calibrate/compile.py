@@ -28,11 +28,13 @@ from ..formats.shards import ShardPlan, ShardWriter, plan_shards
 from ..quant.scheme import Scheme, SchemeError
 from ..quant.solver import plan_solver
 from ..quant.tensor import field_specs
+from .card import base_model, write_card
 from .device import choose_device
 from .fold import find_fold
 from .journal import JOB, PARTS, Journal
 from .plan import Plan, PlanError
 from .report import Events, Record, Sizes
+from .reproduction import REPORT
 from .run import Run
 from .skeleton import DTYPES, Skeleton
 from .structure import quantizable, skipped
@@ -41,9 +43,6 @@ from .undo import Created
 
 WORK = ".bitpalette"
 """Folder inside the output that holds the journal while a run is unfinished."""
-
-REPORT = "quantization_report.json"
-"""File beside the weights: the job that made them, and a record for every quantized weight."""
 
 
 class Compilation:
@@ -278,13 +277,14 @@ class Compilation:
         if self.schemes:
             config["quantization_config"] = self.quantization_config()
         self.source.write_sidecar(self.out)
-        report = {"job": self.job, "layers": [asdict(r) for r in records]}
+        origin = {"name": base_model(self.source), "bytes": self.source.size_bytes}
+        report = {"job": self.job, "source": origin, "layers": [asdict(r) for r in records]}
         if tuning is not None:
             report["tuning"] = tuning
         write_atomically(self.out / REPORT, json.dumps(report, indent=1).encode())
         for name, content in self.beside.items():
             write_atomically(self.out / name, content)
-        write_atomically(self.out / "README.md", self._card(records).encode())
+        write_card(self.out)
         write_atomically(self.out / "config.json", json.dumps(config, indent=2).encode())
         write_manifest(self.out)
 
@@ -305,31 +305,6 @@ class Compilation:
             **({"rotated_norms": self.rotated_norms} if self.rotated_norms else {}),
             "seed": self.plan.seed,
         }
-
-    def _card(self, records: list[Record]) -> str:
-        sizes = self.sizes()
-        if not records:
-            return "# Model\n\nWritten by bitpalette without quantization.\n"
-        schemes = "\n".join(f"- `{s}`" for s in dict.fromkeys(r.scheme for r in records))
-        return f"""---
-library_name: transformers
-tags:
-- bitpalette
----
-# Quantized with bitpalette
-
-Needs the package: `pip install bitpalette`, then `import bitpalette` before
-
-```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("this folder")
-```
-
-{len(records)} weights at {sizes.bits_per_weight:.3f} bits on average (scales counted), {sizes.file_bytes:,} bytes in
-all, from {sizes.source_bytes:,}. Solver {self.plan.solver}. Schemes:
-
-{schemes}
-"""
 
 
 def _record(values: dict[str, Any]) -> Record:
