@@ -87,12 +87,10 @@ def random_model(config: Any, schemes: Mapping[str, Scheme | None], seed: int = 
     codes, all others random."""
     import transformers
 
-    name = (config.architectures or ["AutoModelForCausalLM"])[0]
-    cls = getattr(transformers, name)
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     generator = torch.Generator().manual_seed(seed)
     with _skipping_init():
-        model = cls(config)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
     model = model.to(torch.bfloat16).eval().requires_grad_(False)
     for parameter in model.parameters():
         values = torch.ones(()) if parameter.ndim == 1 else torch.empty_like(parameter).normal_(0, 0.02)
