@@ -94,7 +94,7 @@ def native_generate(
         ids = torch.empty(1, max(limit, length + 1), dtype=torch.int64)
         ids[:, :length] = input_ids
         decoder = NativeDecoder(model, ids.shape[1])
-        scores = _read_prompt(decoder, model, input_ids)
+        scores = _read_prompt(decoder, model, input_ids, generation_config.prefill_chunk_size)
         while True:
             scores = logits_processor(ids[:, :length], scores)
             if generation_config.do_sample:
@@ -118,8 +118,11 @@ def native_generate(
     return model.generate(input_ids, max_new_tokens=max_new_tokens, custom_generate=loop, **options)
 
 
-def _read_prompt(decoder: NativeDecoder, model: Any, input_ids: Tensor) -> Tensor:
-    """Logits float32 [1, vocabulary] after the prompt, whose keys and values the decoder then holds."""
+def _read_prompt(decoder: NativeDecoder, model: Any, input_ids: Tensor, chunk: int | None = None) -> Tensor:
+    """Logits float32 [1, vocabulary] after the prompt, whose keys and values the decoder then holds.
+
+    chunk: tokens of one pass (transformers' prefill_chunk_size); None: all. Activations take memory for so many.
+    """
     from transformers import DynamicCache
 
     n = input_ids.shape[1]
@@ -127,7 +130,8 @@ def _read_prompt(decoder: NativeDecoder, model: Any, input_ids: Tensor) -> Tenso
         return decoder.step(input_ids[0], 0)
     # the model's own pass: its kernels for many tokens. Not given a config, the cache keeps what windows leave behind
     past = DynamicCache()
-    logits = model(input_ids=input_ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits
+    for part in input_ids.split(chunk or n, dim=1):
+        logits = model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=1).logits
     layers: list[Any] = past.layers
     decoder.fill([(layer.keys, layer.values) for layer in layers])
     return logits[:, -1].float()

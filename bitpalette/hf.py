@@ -32,6 +32,7 @@ from .kernels.experts import QuantExperts, check_experts
 from .kernels.linear import QuantLinear
 from .kernels.module import QuantModule, offloads_buffers
 from .kv_use import use_stored_plan
+from .mapped_pages import drop_read_pages
 from .quant.scheme import Scheme
 from .quant.tensor import QuantizedTensor
 from .rotated import loaded_parameter, norms_of, plain_head, restore_norms, rotate_norms
@@ -71,6 +72,7 @@ class BitpaletteQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._files_checked = False
         self._folder: Path | None = None
+        self._files: tuple[str, ...] = ()
 
     def is_serializable(self) -> bool:
         return True
@@ -87,6 +89,7 @@ class BitpaletteQuantizer(HfQuantizer):
             check_files(native, checkpoint_files)
             self._files_checked = True
             self._folder = Path(checkpoint_files[0]).parent
+            self._files = tuple(checkpoint_files)
         self.quantization_config = BitpaletteConfig.of(rename_for(model, native))
         rotate_norms(model, self.quantization_config.native.rotated_norms)
         return replace_modules(model, self.quantization_config.native)
@@ -96,6 +99,7 @@ class BitpaletteQuantizer(HfQuantizer):
             _check_loaded(model)
         _tie_biases(model)
         prepare(model)
+        drop_read_pages(self._files)
         if (folder := plan_folder(model, self._folder)) is not None:
             use_stored_plan(model, folder)
         return model
