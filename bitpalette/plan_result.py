@@ -9,14 +9,18 @@ import torch
 
 from .calibrate.card import CARD_NAME, write_card
 from .calibrate.evaluate import evaluate
+from .calibrate.plan import PlanError
 from .calibrate.text import Calibration, held_out_sequences
 from .calibrate.whole import load_model, load_tokenizer
 from .evaluation import load_any
 from .formats.atomic import write_atomically
 from .formats.base import open_source
+from .formats.kv_plan_file import StoredKVPlan, read_kv_plan
 from .formats.manifest import MANIFEST_NAME, hash_file, read_manifest, rewrite_manifest
 from .formats.plan_file import PLAN_NAME, Measured, StoredPlan, encoded
 from .kernels.activation_form import EXACT, layers_made_with
+from .kv_planning import plan_of_pairs
+from .quant.kv_format import KVFormat
 
 TOKENS = 4096
 
@@ -65,3 +69,19 @@ def store_result(out: Path, stored: StoredPlan, measured: Measured) -> StoredPla
 def take_back(out: Path) -> None:
     """Without its manifest a folder is no checkpoint."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
+
+
+def planned_cache(stored: StoredPlan, folder: Path | None) -> StoredKVPlan | None:
+    """The plan of the KV cache that goes with `stored`, None where the cache was not planned; folder: of statistics,
+    where the means of keys are. PlanError without them."""
+    if stored.cache is None:
+        return None
+    known = None if folder is None else read_kv_plan(folder)
+    if known is None:
+        raise PlanError(
+            "the plan is for weights and cache, and the means of its keys lie in the folder of statistics: --stats "
+            "names the one that `quantize plan` had"
+        )
+    pairs = {layer: KVFormat.parse(c.format) for layer, c in stored.cache.items()}
+    plan = plan_of_pairs({n: (f.bits_k, f.bits_v) for n, f in pairs.items()}, known.plan.default, known.plan.means)
+    return StoredKVPlan(plan, known.calibration)

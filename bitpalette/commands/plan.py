@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +16,15 @@ import typer
 from .text import duration, parse_size, size
 
 if TYPE_CHECKING:
+    from ..formats.kv_plan_file import StoredKVPlan
     from ..formats.plan_file import StoredPlan
     from ..planning import Planner
 
 OUT = Path("quantization_plan.json")
 PARETO = Path("pareto.json")
+CACHE_TOKENS, CACHE_LENGTHS, CACHE_WINDOW, CACHE_MIXES = 8192, (512, 2048), 64, 4
+"""How the cache is measured; `quantize plan-kv` says what these are."""
+
 STATS = ".stats"
 """Behind the plan's name: the folder of what was measured, where none is named."""
 
@@ -65,6 +70,17 @@ def plan(
         float | None, typer.Option(help="Bits a weight on average over quantized weights, scales counted.")
     ] = None,
     size_: Annotated[str | None, typer.Option("--size", help="Of the files, such as 90MB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of a process that runs it, such as 6GB: weights and cache share it.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="With --memory: tokens of a row.")] = None,
+    batch: Annotated[int, typer.Option(help="With --memory: rows.")] = 1,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Of one row, decoding on this machine, measured as far as it is not known.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="With --tokens-per-second: threads that will run it.", show_default="torch's")
+    ] = None,
     palette: Palette = None,
     effort: Effort = "normal",
     keep: Keep = None,
@@ -84,17 +100,31 @@ def plan(
 ) -> None:
     """Find the bits of every weight of MODEL that cost least KL divergence within a budget; `quantize run --plan` runs
     the plan. What was measured is kept: another budget then takes seconds."""
+    from ..formats.kv_plan_file import write_kv_plan
     from ..formats.plan_file import write_plan
-    from ..planning import Budget
+    from ..plan_budget import Budget
+    from ..plan_refine import Refinement
+    from ..plan_telling import stored_plan
 
-    budget = Budget(bits=bits, size_bytes=None if size_ is None else sized("--size", size_))
+    budget = Budget(
+        bits=bits,
+        size_bytes=None if size_ is None else sized("--size", size_),
+        memory_bytes=None if memory is None else sized("--memory", memory),
+        context=context,
+        batch=batch,
+        tokens_per_second=tokens_per_second,
+        threads=threads,
+    )
     check_place(out)
     started = time.monotonic()
 
     def found(planner: Planner) -> StoredPlan:
         planner.measure()
-        chosen_plan, chosen, rounds = planner.refine(budget, refine)
-        return planner.stored(chosen_plan, chosen, budget, rounds, command_line())
+        if budget.memory_bytes is not None:
+            planner.cache = cache_of(planner, calib)
+            write_kv_plan(planner.folder, planner.cache)
+        solved, rounds = Refinement(planner).refine(budget, refine)
+        return stored_plan(planner, solved, budget, rounds, command_line())
 
     stored = with_planner(
         found,
@@ -145,7 +175,8 @@ def pareto(
     """Predicted KL divergence of MODEL at several average bits, all solved from one calibration and measured in one
     pass through the model (with the quickest search for trellis codes)."""
     from ..formats.atomic import write_atomically
-    from ..planning import Budget
+    from ..plan_budget import Budget
+    from ..plan_refine import Refinement
     from .evaluate import numbers
     from .picture import check_plot
 
@@ -155,7 +186,7 @@ def pareto(
 
     def found(planner: Planner) -> list[dict[str, Any]]:
         planner.measure()
-        return planner.front(budgets)
+        return Refinement(planner).front(budgets)
 
     points = with_planner(
         found,
@@ -254,6 +285,30 @@ def with_planner(
         return action(planner)
 
 
+def cache_of(planner: Planner, calib: str) -> StoredKVPlan:
+    """Sensitivities of the original model's cache, those that the folder has or new ones."""
+    from ..calibrate.plan import PlanError
+    from .plan_kv import measured_cache
+
+    if calib == "self":
+        raise PlanError("--memory: the cache is planned on written text; give a file, or builtin (--calib)")
+    config = planner.source.config
+    positions = config.get("max_position_embeddings", config.get("n_positions")) or CACHE_LENGTHS[-1]
+    lengths = sorted({min(length, int(positions)) for length in CACHE_LENGTHS})
+    return measured_cache(
+        planner.source,
+        planner.folder,
+        calib,
+        tokens=CACHE_TOKENS,
+        lengths=lengths,
+        kl_tokens=CACHE_TOKENS // 4,
+        sinks=None,
+        window=CACHE_WINDOW,
+        mixes=CACHE_MIXES,
+        dtype=planner.compilation.dtype,
+    )
+
+
 def sized(option: str, text: str) -> int:
     from ..calibrate.plan import PlanError
 
@@ -292,6 +347,8 @@ def show(stored: StoredPlan, out: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..plan_amounts import CHUNK
+
     console = Console(soft_wrap=True, highlight=False)
     kinds: dict[str, list[Any]] = {}
     for name, weight in stored.weights.items():
@@ -312,6 +369,14 @@ def show(stored: StoredPlan, out: Path, seconds: float) -> None:
     if p.perplexity is not None and p.reference_perplexity is not None:
         line += f", perplexity {p.perplexity:.2f} (original {p.reference_perplexity:.2f})"
     console.print(line + " predicted")
+    if stored.cache is not None and stored.bytes.memory is not None:
+        formats = ", ".join(f"{n} x {name}" for name, n in Counter(c.format for c in stored.cache.values()).items())
+        console.print(
+            f"cache: {formats}, {size(stored.bytes.cache)} for {stored.budget.batch} x {stored.budget.context} tokens; "
+            f"memory {size(stored.bytes.memory)}, the prompt read {CHUNK} tokens at a time"
+        )
+    if p.tokens_per_second is not None:
+        console.print(f"{p.tokens_per_second:.1f} tokens a second on this machine")
     for r in stored.rounds:
         console.print(
             f"true KL {r.measured:.4f} ± {r.measured_se:.4f} where {r.predicted:.4f} was predicted; planning again "

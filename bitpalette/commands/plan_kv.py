@@ -69,7 +69,9 @@ def plan_kv(
         raise PlanError(f"{model} is not packed and is left alone; say where the plan goes with --out FOLDER_OR_FILE")
     place = source.path if out is None else out
     prepare_place(place)
-    stored = _measured(source, place, text, tokens, _lengths(lengths), kl_tokens, sinks, window, mixes, DTYPES[dtype])
+    stored = measured_cache(
+        source, place, text, tokens, _lengths(lengths), kl_tokens, sinks, window, mixes, DTYPES[dtype]
+    )
     solved, allocation = solve(stored, budget)
     from .._version import __version__
 
@@ -99,7 +101,7 @@ def _lengths(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def _measured(
+def measured_cache(
     source: Any,
     place: Path,
     text: str,

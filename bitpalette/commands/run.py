@@ -101,11 +101,14 @@ def run(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize MODEL into OUT. Interrupted, the same command goes on where it stopped, to the same result."""
+    from .._version import __version__
     from ..api import prepare_compilation
     from ..calibrate.device import choose_device
     from ..calibrate.plan import Plan, PlanError
     from ..calibrate.text import Calibration
+    from ..formats.kv_plan_file import write_kv_plan
     from ..formats.plan_file import PLAN_NAME, encoded
+    from ..plan_result import planned_cache
     from ..recipe import make_plan
 
     try:
@@ -136,8 +139,10 @@ def run(
         seed=seed,
         fold=fold,
     )
+    kv = None
     if stored is not None:
         plan = Plan.from_dict(stored.plan)
+        kv = planned_cache(stored, stats)
     calibration = Calibration(calib, calib_tokens, seq_len, seed)
     compilation = prepare_compilation(
         model,
@@ -157,6 +162,8 @@ def run(
         return
     compile_with_progress(compilation, json_output)
     if stored is not None:
+        if kv is not None:
+            write_kv_plan(out, kv, __version__)
         bless(model, out, stored, calibration, verify_kl, json_output)
 
 

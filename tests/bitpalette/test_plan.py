@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,18 @@ from bitpalette.calibrate.plan import PlanError
 from bitpalette.calibrate.text import Calibration
 from bitpalette.cli import main
 from bitpalette.formats.base import open_source
+from bitpalette.formats.kv_plan_file import KVCalibration, LayerSensitivity, StoredKVPlan
 from bitpalette.formats.manifest import is_complete
 from bitpalette.formats.plan_file import PLAN_NAME, StoredPlan, read_plan
+from bitpalette.kernel_bench.rounds import Spread
 from bitpalette.palette import outer_palette, palette
+from bitpalette.plan_budget import Budget
+from bitpalette.plan_refine import Refinement
 from bitpalette.plan_result import measure_result
-from bitpalette.planning import Budget, Planner
+from bitpalette.plan_telling import stored_plan
+from bitpalette.planning import Planner
+from bitpalette.quant.kv_format import KVFormat
+from bitpalette.quant.kv_plan import KVPlan
 from bitpalette.quant.tensor import stored_bytes
 from bitpalette.recipe import make_plan
 
@@ -110,14 +117,15 @@ def average(made: Planner, plan: Any) -> float:
 
 def test_what_matters_gets_more(planner: Callable[..., Planner]) -> None:
     made = planner()
-    plan, chosen = made.solve(Budget(bits=3.2))
+    solved = made.solve(Budget(bits=3.2))
+    plan, chosen = solved.plan, solved.chosen
     schemes = made.compiled(plan).schemes
     rate = {n: s.rate for n, s in schemes.items()}  # type: ignore[attr-defined]
     assert 3.0 <= average(made, plan) <= 3.2 and chosen.exact
     assert rate["model.layers.0.mlp.down_proj.weight"] > rate["model.layers.1.self_attn.q_proj.weight"]
     uniform = sum(made.cost(n, next(s for s in menu if s.rate == 3.0)) for n, menu in made.candidates.items())
     assert chosen.cost < 0.9 * uniform
-    costs = [made.solve(Budget(bits=b))[1].cost for b in (2.0, 2.5, 3.0, 4.0)]
+    costs = [made.solve(Budget(bits=b)).chosen.cost for b in (2.0, 2.5, 3.0, 4.0)]
     assert costs == sorted(costs, reverse=True)
 
 
@@ -125,33 +133,34 @@ def test_predicted_is_what_is_measured(planner: Callable[..., Planner]) -> None:
     """Before any refinement, where errors are small enough for the second order to hold."""
     made = planner()
     for bits in (3.5, 4.5):
-        (point,) = made.front([Budget(bits=bits)])
-        assert abs(point["predicted_as_measured"] / point["measured"] - 1) <= 0.35
+        (point,) = Refinement(made).front([Budget(bits=bits)])
+        assert abs(point["predicted"] / point["measured"] - 1) <= 0.35
 
 
 def test_refining(planner: Callable[..., Planner]) -> None:
     made = planner()
     budget = Budget(bits=2.5)
-    plan, chosen, rounds = made.refine(budget, 2)
+    refinement = Refinement(made)
+    solved, rounds = refinement.refine(budget, 2)
     assert len(rounds) == 2 and set(rounds[0].corrections) >= {"q_proj", "down_proj"}
-    assert average(made, plan) <= 2.5
+    assert average(made, solved.plan) <= 2.5
     assert all(abs(r.predicted / r.measured - 1) <= 0.35 for r in rounds)
-    stored = made.stored(plan, chosen, budget, rounds)
+    stored = stored_plan(made, solved, budget, rounds)
     assert stored.predicted.perplexity is not None and stored.predicted.reference_perplexity is not None
     assert stored.predicted.perplexity > stored.predicted.reference_perplexity
-    (measured,) = made._measured([made._schemes(plan)], made._held_out())
+    (measured,) = refinement.measured([refinement.quick(solved)])
     assert abs(stored.predicted.kl / measured.kl - 1) <= 0.02
 
 
 def test_a_second_plan_measures_nothing(planner: Callable[..., Planner], monkeypatch: pytest.MonkeyPatch) -> None:
-    first, _ = planner().solve(Budget(bits=3))
+    first = planner().solve(Budget(bits=3)).plan
 
     def never(*args: Any, **options: Any) -> Any:
         raise AssertionError("measured again")
 
     for name in ("collect_statistics", "fisher_sensitivities", "expected_errors"):
         monkeypatch.setattr(f"bitpalette.planning.{name}", never)
-    assert planner().solve(Budget(bits=3))[0] == first
+    assert planner().solve(Budget(bits=3)).plan == first
 
 
 def test_sizes_of_files_are_met(planner: Callable[..., Planner]) -> None:
@@ -159,10 +168,10 @@ def test_sizes_of_files_are_met(planner: Callable[..., Planner]) -> None:
     made.outer = outer_palette(["trellis=2/3/4/5"], "fast")
     made.candidates = {n: made._candidates(n) for n in made.compilation.schemes}
     made.errors = made._errors()
-    most = made.compiled(made.solve(Budget(bits=5))[0]).sizes().file_bytes
+    most = made.compiled(made.solve(Budget(bits=5)).plan).sizes().file_bytes
     for size in (most - 2000, most - 5000):
-        plan, _ = made.solve(Budget(size_bytes=size))
-        assert size - 2500 <= made.compiled(plan).sizes().file_bytes <= size
+        solved = made.solve(Budget(size_bytes=size))
+        assert size - 2500 <= made.compiled(solved.plan).sizes().file_bytes <= size
     with pytest.raises(PlanError, match=r"for size is short by [\d,]+ bytes: the smallest possible is [\d,]+ bytes"):
         made.solve(Budget(size_bytes=20_000))
     with pytest.raises(PlanError, match="short by"):
@@ -171,30 +180,29 @@ def test_sizes_of_files_are_met(planner: Callable[..., Planner]) -> None:
 
 def test_two_budgets_at_once(planner: Callable[..., Planner]) -> None:
     made = planner()
-    size = made.compiled(made.solve(Budget(bits=3))[0]).sizes().file_bytes
-    plan, chosen = made.solve(Budget(bits=4, size_bytes=size))
-    assert made.compiled(plan).sizes().file_bytes <= size and chosen.exact
-    assert chosen.cost <= made.solve(Budget(bits=3))[1].cost + 1e-9
+    size = made.compiled(made.solve(Budget(bits=3)).plan).sizes().file_bytes
+    solved = made.solve(Budget(bits=4, size_bytes=size))
+    assert made.compiled(solved.plan).sizes().file_bytes <= size and solved.chosen.exact
+    assert solved.chosen.cost <= made.solve(Budget(bits=3)).chosen.cost + 1e-9
 
 
 def test_fused_weights_share_a_scheme(planner: Callable[..., Planner]) -> None:
     made = planner(serve="vllm")
-    plan, shared = made.solve(Budget(bits=2.7))
-    schemes = made.compiled(plan).schemes
+    shared = made.solve(Budget(bits=2.7))
+    schemes = made.compiled(shared.plan).schemes
     for i in range(2):
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         assert len({schemes[f"{attention}{n}_proj.weight"] for n in "qkv"}) == 1
         assert len({schemes[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")}) == 1
     made.serve = None
-    assert made.solve(Budget(bits=2.7))[1].cost <= shared.cost + 1e-12
+    assert made.solve(Budget(bits=2.7)).chosen.cost <= shared.chosen.cost + 1e-12
     with pytest.raises(PlanError, match="there is vllm"):
         planner(serve="tgi")
 
 
 def test_kept_and_set(planner: Callable[..., Planner]) -> None:
     made = planner(keep=["layers.0.self_attn.*"], set_=["layers.1.mlp.*=int,bits=8,group_size=0"])
-    plan, _ = made.solve(Budget(bits=6))
-    schemes = made.compiled(plan).schemes
+    schemes = made.compiled(made.solve(Budget(bits=6)).plan).schemes
     assert not any("layers.0.self_attn" in n for n in schemes)
     assert all(s.codec == "int" for n, s in schemes.items() if "layers.1.mlp" in n)
     assert sum("layers.1.mlp" in n for n in schemes) == 3
@@ -247,12 +255,89 @@ def test_several_budgets_from_one_calibration(
     assert points[0]["measured"] > points[1]["measured"] > points[2]["measured"] > 0
 
 
+@pytest.fixture
+def measured_cache(model: Path, tmp_path: Path) -> StoredKVPlan:
+    """A cache that hardly matters at 4 bits, and at 2 costs the more the later the layer."""
+    names = {"k16v4": 1e-4, "k4v16": 1e-4, "k4v4": 2e-4, "k2v2": 2e-2, "k2v16": 1e-2, "k16v2": 1e-2}
+    layers = {
+        n: LayerSensitivity(
+            kv_heads=2, head_dim=16, head_dim_v=16, slope_k=n + 1.0, slope_v=n + 1.0, errors={64: dict(names)}
+        )
+        for n in range(2)
+    }
+    calibration = KVCalibration(model="m", text="t", text_name="t", tokens=1, lengths=[64], layers=layers)
+    means = {n: torch.zeros(2, 16) for n in range(2)}
+    return StoredKVPlan(KVPlan(KVFormat(sinks=4, window=16), {}, means), calibration)
+
+
+def test_weights_and_cache_share_memory(
+    planner: Callable[..., Planner], measured_cache: StoredKVPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitpalette.plan_memory.base_bytes", lambda packed: 1_000_000)
+    made = planner(menu=["trellis=2/3/4"])
+    made.cache = measured_cache
+
+    def asked(memory: int, context: int = 200) -> Budget:
+        return Budget(memory_bytes=memory, context=context, batch=4)
+
+    with pytest.raises(
+        PlanError, match=r"for memory is short by [\d,]+ bytes: the smallest possible is [\d,]+ bytes"
+    ) as e:
+        made.solve(asked(1_000_000))
+    least = int(str(e.value).rpartition("possible is ")[2].split()[0].replace(",", ""))
+    tight = made.solve(asked(least))
+    assert tight.memory is not None and tight.memory.total == pytest.approx(least, rel=1e-3)
+    roomy = made.solve(asked(least + 60_000))
+    assert roomy.memory is not None and least < roomy.memory.total <= (least + 60_000) * 1.001
+    assert roomy.chosen.cost < tight.chosen.cost
+    assert tight.cache == {0: (2, 2), 1: (2, 2)} and roomy.cache is not None
+    # with a far longer context the cache is what has to shrink, with one token it is not worth a bit
+    assert {bits for pair in made.solve(asked(least + 60_000, 20)).cache.values() for bits in pair} == {16}  # type: ignore[union-attr]
+    stored = stored_plan(made, roomy, asked(least + 60_000))
+    assert stored.cache is not None and stored.bytes.memory == roomy.memory.total
+    assert stored.bytes.cache == roomy.memory.cache
+    assert abs(stored.predicted.kl - roomy.chosen.cost) <= 1e-9
+    with pytest.raises(PlanError, match="has 256 positions"):
+        made.solve(asked(10**9, 1000))
+    made.cache = None
+    with pytest.raises(PlanError, match="were not measured"):
+        made.solve(asked(10**9))
+
+
+def test_tokens_per_second(planner: Callable[..., Planner], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With times that are proportional to bits."""
+    monkeypatch.setenv("BITPALETTE_CACHE", str(tmp_path / "cache"))
+
+    def times(schemes: Sequence[Any], shape: tuple[int, int], threads: int, read: int) -> list[Spread]:
+        taken = [shape[0] * shape[1] * (16 if s is None else s.rate) * 1e-9 for s in schemes]
+        return [Spread(t, t, t) for t in taken]
+
+    def rest(config: Any, schemes: Any, threads: int) -> Spread:
+        return Spread(2e-3, 2e-3, 2e-3)
+
+    monkeypatch.setattr("bitpalette.plan_latency.layer_times", times)
+    monkeypatch.setattr("bitpalette.plan_latency.rest_of_step", rest)
+    made = planner()
+    slow = made.solve(Budget(bits=5.5, tokens_per_second=100, threads=1))
+    assert slow.tokens_per_second is not None and slow.tokens_per_second >= 100
+    wish = 1 / (0.9 / slow.tokens_per_second)
+    quick = made.solve(Budget(tokens_per_second=wish, threads=1))
+    assert quick.tokens_per_second is not None and wish <= quick.tokens_per_second <= wish * 1.1
+    assert quick.chosen.cost > slow.chosen.cost
+    with pytest.raises(PlanError, match=r"for seconds is short by .* seconds a token"):
+        made.solve(Budget(tokens_per_second=1e6, threads=1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "a plan needs a budget"),
         (("--bits", 0.5), "an average of 1 to 8"),
         (("--size", "much"), "is no size such as 90MB"),
+        (("--memory", "1GB"), "give both"),
+        (("--bits", 3, "--context", 100), "give both"),
+        (("--memory", "1GB", "--context", 0), "are numbers of 1 or more"),
+        (("--tokens-per-second", 0), "a number above 0"),
         (("--bits", 3, "--palette", "gguf"), "codecs are"),
         (("--bits", 3, "--palette", "int=x"), "are no bits such as"),
         (("--bits", 3, "--serve", "tgi"), "there is vllm"),

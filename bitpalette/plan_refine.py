@@ -1,0 +1,188 @@
+"""True KL divergences of plans, and what they teach: step 5 of planning.py.
+
+A plan and, for every kind of weight, the same plan with less for that kind are measured in one pass. By how much each
+of these is worse, against what was predicted, is the kind's factor: it holds what second order and independence leave
+out, which grows at low rates. What remains is one factor for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .calibrate.expected_error import gaussian_error
+from .calibrate.measure_plan import Measurement, Rounded, difference, measure_plans
+from .calibrate.text import held_out_sequences
+from .calibrate.whole import load_tokenizer
+from .formats.plan_file import Round
+from .plan_budget import Budget
+from .planning import Planner, Solved
+from .quant.scheme import Scheme
+from .quant.solver import quantize_tensor
+from .quant.stats import Stats
+from .quant.tensor import stack, stored_bytes
+from .quant.trellis import TrellisScheme
+
+WINDOW = 12
+"""Of trellis codes while divergences are measured: factors are the same for all, and it is searched quickest."""
+
+SWAP_BITS = 0.5
+"""By which a kind of weight gets less in a measured swap: enough to stand out of the sample's noise."""
+
+FACTOR_LIMITS = (0.33, 3.0)
+
+
+@dataclass
+class Refinement:
+    """planner: measured. Its factors and scale are changed by what is learnt."""
+
+    planner: Planner
+    tokens: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        p = self.planner
+        count = max(2, p.refine_tokens // p.calibration.seq_len)
+        self.tokens = held_out_sequences(p.calibration, load_tokenizer(p.source), count)
+
+    def refine(self, budget: Budget, rounds: int) -> tuple[Solved, list[Round]]:
+        """Solve, measure, correct, solve again, `rounds` times; at the end the last plan is measured as well."""
+        p, told = self.planner, list[Round]()
+        solved = p.solve(budget)
+        if rounds <= 0:
+            return solved, told
+        before: Measurement | None = None
+        for _ in range(rounds):
+            schemes = self.quick(solved)
+            swaps = self._swaps(schemes)
+            base, *found = self.measured([schemes, *swaps.values()])
+            if before is not None:
+                told[-1] = told[-1].model_copy(update={"bought": difference(before, base)[0]})
+            told.append(self._learn(schemes, base, swaps, found))
+            before = base
+            solved = p.solve(budget)
+        (last,) = self.measured([self.quick(solved)])
+        assert before is not None
+        told[-1] = told[-1].model_copy(update={"bought": difference(before, last)[0]})
+        p.scale *= last.kl / self.predicted(self.quick(solved))
+        return solved, told
+
+    def _learn(
+        self,
+        schemes: Mapping[str, Scheme],
+        base: Measurement,
+        swaps: Mapping[str, Mapping[str, Scheme]],
+        found: Sequence[Measurement],
+    ) -> Round:
+        p = self.planner
+        predicted = self.predicted(schemes)
+        steps = {}
+        for (kind, swap), measured in zip(swaps.items(), found, strict=True):
+            expected = self.predicted(swap) - predicted
+            if expected > 0:
+                low, high = FACTOR_LIMITS
+                steps[kind] = min(max(difference(measured, base)[0] / expected, low), high)
+        for kind, step in steps.items():
+            p.factors[kind] = p.factors.get(kind, 1.0) * step
+        p.scale *= base.kl / self.predicted(schemes)
+        p.reference_perplexity = base.reference_perplexity
+        if base.kl > 0:
+            p.perplexity_slope = math.log(base.perplexity / base.reference_perplexity) / base.kl
+        return Round(
+            predicted=predicted,
+            measured=base.kl,
+            measured_se=base.standard_error,
+            corrections={kind: round(factor, 4) for kind, factor in p.factors.items()},
+        )
+
+    def front(self, budgets: Sequence[Budget]) -> list[dict[str, float]]:
+        """A plan for each budget, all measured in one pass: bits, bytes, predicted, measured, measured_se; predicted:
+        with the codes that were measured (`WINDOW`)."""
+        solved = [self.planner.solve(budget) for budget in budgets]
+        found = self.measured([self.quick(s) for s in solved])
+        points = []
+        for s, measured in zip(solved, found, strict=True):
+            sizes = self.planner.compiled(s.plan).sizes()
+            points.append(
+                {
+                    "bits": sizes.bits_per_weight,
+                    "bytes": sizes.file_bytes,
+                    "predicted": self.predicted(self.quick(s)),
+                    "measured": measured.kl,
+                    "measured_se": measured.standard_error,
+                }
+            )
+        return points
+
+    def quick(self, solved: Solved) -> dict[str, Scheme]:
+        """The plan's schemes as they are coded here."""
+        return {n: quick(s) for n, s in self.planner.compiled(solved.plan).schemes.items()}
+
+    def predicted(self, schemes: Mapping[str, Scheme]) -> float:
+        """Of schemes as `quick` gives them."""
+        total = 0.0
+        for name, scheme in schemes.items():
+            own = next(s for s in self.planner.candidates[name] if quick(s) == scheme)
+            worse = 1.0 if own == scheme else gaussian_error(scheme) / gaussian_error(own)
+            total += self.planner.cost(name, own) * worse
+        return total
+
+    def _swaps(self, schemes: Mapping[str, Scheme]) -> dict[str, dict[str, Scheme]]:
+        """{kind: the same plan with less for this kind}."""
+        swaps = {}
+        for kind in dict.fromkeys(self.planner.kind(n) for n in schemes):
+            swap = dict(schemes)
+            for name in schemes:
+                if self.planner.kind(name) == kind and name not in self.planner.fixed:
+                    swap[name] = self._less(name, schemes[name])
+            if swap != schemes:
+                swaps[kind] = swap
+        return swaps
+
+    def _less(self, name: str, scheme: Scheme) -> Scheme:
+        """The candidate nearest to SWAP_BITS below."""
+        menu = [quick(s) for s in self.planner.candidates[name]]
+        shape = self.planner.weights[name].shape
+        bits = {s: 8 * stored_bytes(s, shape) / math.prod(shape) for s in menu}
+        wish = 8 * stored_bytes(scheme, shape) / math.prod(shape) - SWAP_BITS
+        return min(menu, key=lambda s: abs(bits[s] - wish))
+
+    def measured(self, plans: Sequence[Mapping[str, Scheme]]) -> list[Measurement]:
+        return measure_plans(
+            self.planner.skeleton,
+            self.planner.weights,
+            self.tokens,
+            plans,
+            self._rounder,
+            self.planner.compilation.dtype,
+            self.planner.told("true KL divergences"),
+        )
+
+    def _rounder(self, index: int | None) -> Rounded:
+        stats = self.planner.store.load(
+            len(self.planner.skeleton.blocks) if index is None else index, self.planner.skeleton.device
+        )
+
+        def rounded(name: str, w: Tensor, scheme: Scheme) -> Tensor:
+            conv = self.planner.weights[name].kind == "conv1d"
+            solver = self.planner.compilation.solver(name, scheme)
+            own = stats.get(name)
+
+            def one(m: Tensor, s: Stats | None) -> Any:
+                return quantize_tensor(m, scheme, solver=solver, stats=s, seed=self.planner.template.seed)
+
+            if w.ndim == 3:
+                assert isinstance(own, list)
+                return stack([one(m, s) for m, s in zip(w, own, strict=True)]).dequantize()
+            assert not isinstance(own, list)
+            q = one(w.T if conv else w, own).dequantize()
+            return q.T.contiguous() if conv else q
+
+        return rounded
+
+
+def quick(scheme: Scheme) -> Scheme:
+    return scheme.replace(window=WINDOW) if isinstance(scheme, TrellisScheme) else scheme
