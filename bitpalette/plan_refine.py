@@ -49,26 +49,27 @@ class Refinement:
         self.tokens = held_out_sequences(p.calibration, load_tokenizer(p.source), count)
 
     def refine(self, budget: Budget, rounds: int) -> tuple[Solved, list[Round]]:
-        """Solve, measure, correct, solve again, `rounds` times; at the end the last plan is measured as well."""
+        """Solve, measure, correct, solve again, `rounds` times; the last plan is measured as well, and the best of all
+        is returned."""
         p, told = self.planner, list[Round]()
         solved = p.solve(budget)
         if rounds <= 0:
             return solved, told
-        before: Measurement | None = None
+        looked: list[tuple[Measurement, Solved]] = []
         for _ in range(rounds):
             schemes = self.quick(solved)
             swaps = self._swaps(schemes)
             base, *found = self.measured([schemes, *swaps.values()])
-            if before is not None:
-                told[-1] = told[-1].model_copy(update={"bought": difference(before, base)[0]})
+            if looked:
+                told[-1] = told[-1].model_copy(update={"bought": difference(looked[-1][0], base)[0]})
             told.append(self._learn(schemes, base, swaps, found))
-            before = base
+            looked.append((base, solved))
             solved = p.solve(budget)
         (last,) = self.measured([self.quick(solved)])
-        assert before is not None
-        told[-1] = told[-1].model_copy(update={"bought": difference(before, last)[0]})
-        p.scale *= last.kl / self.predicted(self.quick(solved))
-        return solved, told
+        best = min((*looked, (last, solved)), key=lambda pair: pair[0].kl)
+        told[-1] = told[-1].model_copy(update={"bought": difference(looked[-1][0], best[0])[0]})
+        p.scale *= best[0].kl / self.predicted(self.quick(best[1]))
+        return best[1], told
 
     def _learn(
         self,

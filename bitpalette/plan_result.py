@@ -6,19 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .calibrate.card import CARD_NAME, write_card
-from .calibrate.evaluate import evaluate
+from .calibrate.compile import Compilation
+from .calibrate.measure_plan import Rounded, measure_plans
 from .calibrate.plan import PlanError
 from .calibrate.text import Calibration, held_out_sequences
-from .calibrate.whole import load_model, load_tokenizer
-from .evaluation import load_any
+from .calibrate.whole import load_tokenizer
 from .formats.atomic import write_atomically
-from .formats.base import open_source
 from .formats.kv_plan_file import StoredKVPlan, read_kv_plan
 from .formats.manifest import MANIFEST_NAME, hash_file, read_manifest, rewrite_manifest
+from .formats.native import open_native
 from .formats.plan_file import PLAN_NAME, Measured, StoredPlan, encoded
-from .kernels.activation_form import EXACT, layers_made_with
 from .kv_planning import plan_of_pairs
 from .quant.kv_format import KVFormat
 
@@ -26,28 +26,37 @@ TOKENS = 4096
 
 
 def measure_result(
-    model: str,
-    out: Path,
+    compilation: Compilation,
     calibration: Calibration,
     progress: Callable[[int, int], None] = lambda done, of: None,
     tokens: int = TOKENS,
 ) -> Measured:
-    """The checkpoint in the folder `out` against `model`, on text that its statistics were not taken on as far as the
-    calibration text has such; both in memory, inputs of layers exact: of the weights alone."""
-    source = open_source(model)
-    held_out = held_out_sequences(calibration, load_tokenizer(source), max(2, tokens // calibration.seq_len))
-    reference = load_model(source, torch.float32)
-    with layers_made_with(EXACT):
-        found = evaluate(load_any(open_source(str(out)), torch.float32), held_out, reference, progress)
-    assert found.kl_divergence is not None and found.kl_standard_error is not None and found.top1_agreement is not None
+    """What a compilation has written against its original, on text that statistics were not taken on as far as the
+    calibration text has such: of the weights alone, inputs of layers in float32; a block of both is in memory at a
+    time."""
+    skeleton, written = compilation.skeleton, open_native(compilation.out)
+    count = max(2, tokens // calibration.seq_len)
+    held_out = held_out_sequences(calibration, load_tokenizer(compilation.source), count)
+
+    def stored(index: int | None) -> Rounded:
+        def value(name: str, w: Tensor, form: object) -> Tensor:
+            if name not in written.quantized_names:
+                return written.read(name)
+            q = written.read_quantized(name).dequantize()
+            return q.T.contiguous() if compilation.weights[name].kind == "conv1d" else q
+
+        return value
+
+    every = dict.fromkeys(skeleton.parameters, "as written")
+    (found,) = measure_plans(skeleton, compilation.weights, held_out, [every], stored, torch.float32, progress)
     return Measured(
-        kl=found.kl_divergence,
-        kl_se=found.kl_standard_error,
+        kl=found.kl,
+        kl_se=found.standard_error,
         perplexity=found.perplexity,
         reference_perplexity=found.reference_perplexity,
-        top1=found.top1_agreement,
+        top1=found.top1,
         text_name=Path(calibration.text).name,
-        tokens=found.tokens,
+        tokens=held_out.numel(),
     )
 
 

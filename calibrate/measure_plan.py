@@ -1,20 +1,20 @@
 """True KL divergences of several plans in one pass through the model, a block of it in memory at a time.
 
 The original's hidden states and those of every plan go through each block together: the original as it is, a plan with
-its weights rounded. A weight that plans share is rounded once.
+its parameters in other forms (a scheme, say, or as they were written). A form that plans share is made once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant.scheme import Scheme
 from . import stream as streaming
 from .collect_stats import head_module
 from .plan import PlanError
@@ -25,8 +25,9 @@ from .structure import Weight
 ROWS = 256
 """Positions whose logits are in memory at a time: 50 MB for a vocabulary of 49 152."""
 
-Rounded = Callable[[str, Tensor, Scheme], Tensor]
-"""(parameter, its value in the checkpoint's layout, scheme) -> what takes its place, in the same layout."""
+Form = Hashable
+Rounded = Callable[[str, Tensor, Any], Tensor]
+"""(parameter, its value in the checkpoint's layout, form) -> what takes its place, in the same layout."""
 
 
 @dataclass(frozen=True)
@@ -45,49 +46,45 @@ def measure_plans(
     skeleton: Skeleton,
     weights: Mapping[str, Weight],
     tokens: Tensor,
-    plans: Sequence[Mapping[str, Scheme]],
+    plans: Sequence[Mapping[str, Form]],
     rounded: Callable[[int | None], Rounded],
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Measurement]:
-    """tokens: int64 [sequences, seq_len]. plans: {parameter: scheme}, others as they are. rounded: for a block (None:
-    what stands outside) what rounds its weights. PlanError for models that do not run block by block."""
-    outer = [n for n in skeleton.parameters_of(None) if n in weights]
-    table = next((n for n in outer if weights[n].embedding), None)
-    head_name = head_module(skeleton.model)
-    parameter = skeleton.tied.get(f"{head_name}.weight", f"{head_name}.weight")
-    replaced = _outer(skeleton, [n for n in outer if n in (table, parameter)], plans, rounded(None))
-
+    """tokens: int64 [sequences, seq_len]. plans: {parameter: form}, others as they are. rounded: for a block (None:
+    what stands outside) what makes its forms. PlanError for models that do not run block by block."""
+    replaced = _outer(skeleton, plans, rounded(None))
     original = streaming.start(skeleton, tokens, dtype)
+    tables = {n for n, w in weights.items() if w.embedding}
     streams = []
-    for plan in plans:
-        if table is not None and table in plan:
-            streams.append(streaming.start(skeleton, tokens, dtype, replaced={table: replaced[table, plan[table]]}))
+    for other in replaced:
+        if tables.intersection(other):
+            streams.append(streaming.start(skeleton, tokens, dtype, replaced=other))
         else:
             streams.append(Stream(list(original.hidden), original.calls, original.device))
     blocks = len(skeleton.blocks)
     for index in range(blocks):
         _advance(skeleton, index, original, streams, plans, rounded(index), dtype)
         progress(index + 1, blocks + 1)
-    heads = [replaced[parameter, plan[parameter]] if parameter in plan else None for plan in plans]
-    found = _compare(skeleton, tokens, original, streams, heads, head_name, dtype)
+    found = _compare(skeleton, tokens, original, streams, replaced, dtype)
     progress(blocks + 1, blocks + 1)
     return found
 
 
-def _outer(
-    skeleton: Skeleton, names: Sequence[str], plans: Sequence[Mapping[str, Scheme]], rounded: Rounded
-) -> dict[tuple[str, Scheme], Tensor]:
-    """Every form of head and embeddings that a plan has."""
-    found: dict[tuple[str, Scheme], Tensor] = {}
-    for name in dict.fromkeys(names):
-        schemes = {plan[name] for plan in plans if name in plan}
-        if schemes:
-            part = skeleton.parameters_of(None) if skeleton.fold is not None else [name]
-            with skeleton.loaded(part) as originals:
-                w = originals[name]
-            for scheme in schemes:
-                found[name, scheme] = rounded(name, w, scheme)
+def _outer(skeleton: Skeleton, plans: Sequence[Mapping[str, Form]], rounded: Rounded) -> list[dict[str, Tensor]]:
+    """For each plan, what takes the place of parameters outside the blocks."""
+    found: list[dict[str, Tensor]] = [{} for _ in plans]
+    names = skeleton.parameters_of(None)
+    for name in names:
+        forms = dict.fromkeys(plan[name] for plan in plans if name in plan)
+        if not forms:
+            continue
+        with skeleton.loaded(names if skeleton.fold is not None else [name]) as originals:
+            w = originals[name]
+        made = {form: rounded(name, w, form) for form in forms}
+        for plan, other in zip(plans, found, strict=True):
+            if name in plan:
+                other[name] = made[plan[name]]
     return found
 
 
@@ -97,7 +94,7 @@ def _advance(
     index: int,
     original: Stream,
     streams: Sequence[Stream],
-    plans: Sequence[Mapping[str, Scheme]],
+    plans: Sequence[Mapping[str, Form]],
     rounded: Rounded,
     dtype: torch.dtype,
 ) -> None:
@@ -107,16 +104,17 @@ def _advance(
         skeleton.cast(names, dtype)
         plain = {name: skeleton.get(name) for name in names}
         original.run(block, index, keep=True)
-        known: dict[tuple[str, Scheme], Tensor] = {}
+        known: dict[tuple[str, Form], Tensor] = {}
         for plan, stream in zip(plans, streams, strict=True):
             for name in names:
-                scheme = plan.get(name)
-                if scheme is None:
+                if name not in plan:
                     skeleton.put(name, plain[name])
                     continue
-                if (name, scheme) not in known:
-                    known[name, scheme] = rounded(name, originals[name], scheme).to(dtype)
-                skeleton.put(name, known[name, scheme])
+                form = plan[name]
+                if (name, form) not in known:
+                    value = rounded(name, originals[name], form)
+                    known[name, form] = value.to(dtype) if value.is_floating_point() else value
+                skeleton.put(name, known[name, form])
             stream.run(block, index, keep=True)
 
 
@@ -126,13 +124,18 @@ def _compare(
     tokens: Tensor,
     original: Stream,
     streams: Sequence[Stream],
-    heads: Sequence[Tensor | None],
-    head_name: str,
+    replaced: Sequence[Mapping[str, Tensor]],
     dtype: torch.dtype,
 ) -> list[Measurement]:
+    head_name = head_module(skeleton.model)
     inputs = [
-        torch.cat([x.reshape(-1, tokens.shape[1], x.shape[-1]) for x in batches])
-        for batches in (streaming.head_inputs(skeleton, tokens, s, head_name, dtype) for s in (original, *streams))
+        torch.cat(
+            [
+                x.reshape(-1, tokens.shape[1], x.shape[-1])
+                for x in streaming.head_inputs(skeleton, tokens, stream, head_name, dtype, replaced=other)
+            ]
+        )
+        for stream, other in zip((original, *streams), ({}, *replaced), strict=True)
     ]
     if any(len(x) != len(tokens) for x in inputs):
         raise PlanError(
@@ -143,6 +146,7 @@ def _compare(
     parameter = skeleton.tied.get(f"{head_name}.weight", f"{head_name}.weight")
     own = [parameter, *([f"{head_name}.bias"] if getattr(module, "bias", None) is not None else [])]
     part = skeleton.parameters_of(None) if skeleton.fold is not None else own
+    heads = [other.get(parameter) for other in replaced]
     logits_of = _Logits(skeleton.model.config)
     totals = [_Totals() for _ in streams]
     with skeleton.loaded(part) as loaded:

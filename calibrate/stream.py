@@ -183,12 +183,21 @@ class _Catcher(nn.Module):
         raise _Done
 
 
-def head_inputs(skeleton: Skeleton, tokens: Tensor, stream: Stream, head: str, dtype: torch.dtype) -> Iterator[Tensor]:
+def head_inputs(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    stream: Stream,
+    head: str,
+    dtype: torch.dtype,
+    replaced: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Iterator[Tensor]:
     """The input of the linear module `head`, batch by batch on the skeleton's device, once the stream is through all
-    blocks."""
+    blocks. replaced: other values of some parameters outside of them."""
     outer = skeleton.parameters_of(None)
     module = skeleton.model.get_submodule(head)
     with skeleton.loaded(outer), torch.no_grad():
+        for name, value in replaced.items():
+            skeleton.put(name, value)
         skeleton.cast(outer, dtype)
         for returns_tuple in (False, True):
             try:

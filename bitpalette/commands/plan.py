@@ -18,6 +18,7 @@ from .text import duration, parse_size, size
 if TYPE_CHECKING:
     from ..formats.kv_plan_file import StoredKVPlan
     from ..formats.plan_file import StoredPlan
+    from ..plan_budget import Budget
     from ..planning import Planner
 
 OUT = Path("quantization_plan.json")
@@ -32,6 +33,18 @@ Model = Annotated[str, typer.Argument(help="A transformers folder, a .gguf file,
 Calib = Annotated[str, typer.Option(help="Calibration text: a file, builtin, or self.")]
 CalibTokens = Annotated[int, typer.Option(help="Tokens to calibrate on.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens of one calibration sequence.")]
+Size = Annotated[str | None, typer.Option("--size", help="Budget of a plan: of the files, such as 90MB.")]
+Memory = Annotated[
+    str | None, typer.Option(help="Budget: of a process that runs it, such as 6GB; weights and cache share it.")
+]
+Context = Annotated[int | None, typer.Option(help="With --memory: tokens of a row.")]
+Batch = Annotated[int, typer.Option(help="With --memory: rows.")]
+TokensPerSecond = Annotated[
+    float | None, typer.Option(help="Budget: of one row, decoding on this machine, measured as far as it is not known.")
+]
+Threads = Annotated[
+    int | None, typer.Option(help="With --tokens-per-second: threads that will run it.", show_default="torch's")
+]
 Palette = Annotated[
     list[str] | None,
     typer.Option(
@@ -69,18 +82,12 @@ def plan(
     bits: Annotated[
         float | None, typer.Option(help="Bits a weight on average over quantized weights, scales counted.")
     ] = None,
-    size_: Annotated[str | None, typer.Option("--size", help="Of the files, such as 90MB.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Of a process that runs it, such as 6GB: weights and cache share it.")
-    ] = None,
-    context: Annotated[int | None, typer.Option(help="With --memory: tokens of a row.")] = None,
-    batch: Annotated[int, typer.Option(help="With --memory: rows.")] = 1,
-    tokens_per_second: Annotated[
-        float | None, typer.Option(help="Of one row, decoding on this machine, measured as far as it is not known.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="With --tokens-per-second: threads that will run it.", show_default="torch's")
-    ] = None,
+    size_: Size = None,
+    memory: Memory = None,
+    context: Context = None,
+    batch: Batch = 1,
+    tokens_per_second: TokensPerSecond = None,
+    threads: Threads = None,
     palette: Palette = None,
     effort: Effort = "normal",
     keep: Keep = None,
@@ -100,11 +107,8 @@ def plan(
 ) -> None:
     """Find the bits of every weight of MODEL that cost least KL divergence within a budget; `quantize run --plan` runs
     the plan. What was measured is kept: another budget then takes seconds."""
-    from ..formats.kv_plan_file import write_kv_plan
     from ..formats.plan_file import write_plan
     from ..plan_budget import Budget
-    from ..plan_refine import Refinement
-    from ..plan_telling import stored_plan
 
     budget = Budget(
         bits=bits,
@@ -118,16 +122,8 @@ def plan(
     check_place(out)
     started = time.monotonic()
 
-    def found(planner: Planner) -> StoredPlan:
-        planner.measure()
-        if budget.memory_bytes is not None:
-            planner.cache = cache_of(planner, calib)
-            write_kv_plan(planner.folder, planner.cache)
-        solved, rounds = Refinement(planner).refine(budget, refine)
-        return stored_plan(planner, solved, budget, rounds, command_line())
-
     stored = with_planner(
-        found,
+        lambda planner: planned(planner, budget, refine, calib),
         model,
         stats or out.with_suffix(STATS),
         palette=palette,
@@ -283,6 +279,20 @@ def with_planner(
             progress=step,
         )
         return action(planner)
+
+
+def planned(planner: Planner, budget: Budget, refine: int, calib: str) -> StoredPlan:
+    """Everything from statistics to a plan that tells what is predicted of it."""
+    from ..formats.kv_plan_file import write_kv_plan
+    from ..plan_refine import Refinement
+    from ..plan_telling import stored_plan
+
+    planner.measure()
+    if budget.memory_bytes is not None:
+        planner.cache = cache_of(planner, calib)
+        write_kv_plan(planner.folder, planner.cache)
+    solved, rounds = Refinement(planner).refine(budget, refine)
+    return stored_plan(planner, solved, budget, rounds, command_line())
 
 
 def cache_of(planner: Planner, calib: str) -> StoredKVPlan:

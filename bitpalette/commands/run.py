@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from .evaluate import with_progress
+from .plan import Batch, Context, Memory, Palette, Refine, Serve, Size, Threads, TokensPerSecond
+from .run_plan import RunBudget, bless, plan_for_run
 from .text import duration, parse_size, peak_memory, size
-
-if TYPE_CHECKING:
-    from ..formats.plan_file import StoredPlan
 
 
 def register(app: typer.Typer) -> None:
@@ -24,18 +23,30 @@ def register(app: typer.Typer) -> None:
 def run(
     model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; new, empty, or of an interrupted run.")],
-    plan_file: Annotated[
-        Path | None, typer.Option("--plan", help="A plan that `quantize plan` found, in place of the options below.")
-    ] = None,
-    verify_kl: Annotated[
-        float | None,
-        typer.Option(help="With --plan: most KL divergence from MODEL, nats a token; more is a failure."),
-    ] = None,
     bits: Annotated[
         float | None,
         typer.Option(
-            help="Bits a weight of linear layers: 1 to 5 in sixteenths, 6 to 8; 16 converts only.", show_default="4"
+            help="Bits a weight. Alone: on average, planned (`quantize plan`). With --uniform or a method, of every "
+            "linear layer: 1 to 5 in sixteenths, 6 to 8; 16 converts only.",
+            show_default="4, uniform",
         ),
+    ] = None,
+    uniform: Annotated[bool, typer.Option("--uniform", help="The same bits in every linear layer.")] = False,
+    size_: Size = None,
+    memory: Memory = None,
+    context: Context = None,
+    batch: Batch = 1,
+    tokens_per_second: TokensPerSecond = None,
+    threads: Threads = None,
+    palette: Palette = None,
+    serve: Serve = None,
+    refine: Refine = 1,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan that `quantize plan` found, in place of a budget.")
+    ] = None,
+    verify_kl: Annotated[
+        float | None,
+        typer.Option(help="With a plan: most KL divergence from MODEL, nats a token; more is a failure."),
     ] = None,
     preset: Annotated[
         str | None,
@@ -120,11 +131,41 @@ def run(
     choose_device(device)  # before anything is read
     if tune_minutes is not None and not (effort == "best" and tune_minutes > 0):
         raise PlanError(f"--tune-minutes {tune_minutes:g}: minutes above 0, with --effort best")
-    stored = None if plan_file is None else _read(plan_file, model, bits, preset, codec, solver, keep, set_)
+    calibration = Calibration(calib, calib_tokens, seq_len, seed)
+    method = {"--preset": preset, "--codec": codec, "--solver": solver, "--group-size": group_size}
+    method |= {"--asymmetric": asymmetric or None, "--rotate": rotate, "--fold": fold or None}
+    stored, folder = plan_for_run(
+        model,
+        out,
+        plan_file,
+        RunBudget(
+            bits=bits,
+            uniform=uniform,
+            size=size_,
+            memory=memory,
+            context=context,
+            batch=batch,
+            tokens_per_second=tokens_per_second,
+            threads=threads,
+            method=[name for name, value in method.items() if value is not None],
+        ),
+        calibration,
+        stats,
+        palette=palette,
+        effort=effort,
+        keep=keep,
+        set_=set_,
+        head_bits=head_bits,
+        embed_bits=embed_bits,
+        serve=serve,
+        refine=refine,
+        device=device,
+        dry_run=dry_run,
+    )
     if verify_kl is not None and (stored is None or not verify_kl > 0):
-        raise PlanError(f"--verify-kl {verify_kl:g}: nats a token above 0, with --plan")
+        raise PlanError(f"--verify-kl {verify_kl:g}: nats a token above 0, with a plan")
     plan = make_plan(
-        bits=bits,
+        bits=bits if stored is None else None,
         preset=preset,
         effort=effort,
         codec=codec,
@@ -142,8 +183,7 @@ def run(
     kv = None
     if stored is not None:
         plan = Plan.from_dict(stored.plan)
-        kv = planned_cache(stored, stats)
-    calibration = Calibration(calib, calib_tokens, seq_len, seed)
+        kv = planned_cache(stored, folder)
     compilation = prepare_compilation(
         model,
         out,
@@ -152,7 +192,7 @@ def run(
         dtype=dtype,
         max_shard_bytes=shard,
         work=work,
-        stats=stats,
+        stats=folder,
         tune_seconds=None if tune_minutes is None else 60 * tune_minutes,
         device=device,
         beside={} if stored is None else {PLAN_NAME: encoded(stored)},
@@ -164,53 +204,9 @@ def run(
     if stored is not None:
         if kv is not None:
             write_kv_plan(out, kv, __version__)
-        bless(model, out, stored, calibration, verify_kl, json_output)
-
-
-def _read(
-    path: Path,
-    model: str,
-    bits: float | None,
-    preset: str | None,
-    codec: str | None,
-    solver: str | None,
-    keep: list[str] | None,
-    set_: list[str] | None,
-) -> StoredPlan:
-    from ..calibrate.plan import PlanError
-    from ..formats.base import open_source
-    from ..formats.plan_file import read_plan
-
-    given = {"--bits": bits, "--preset": preset, "--codec": codec, "--solver": solver, "--keep": keep, "--set": set_}
-    beside = [name for name, value in given.items() if value]
-    if beside:
-        raise PlanError(f"--plan {path} says what {beside[0]} would: leave one of them out, or edit the plan")
-    stored = read_plan(path)
-    if stored.model != open_source(model).fingerprint():
-        raise PlanError(f"{path} was made for another model than {model}; plan that one")
-    return stored
-
-
-def bless(model: str, out: Path, stored: StoredPlan, calibration: Any, verify_kl: float | None, as_json: bool) -> None:
-    """Measure what was written, say it beside what was predicted, and keep it in the checkpoint. With `verify_kl` a
-    worse result loses its manifest, without which nothing loads it."""
-    from rich.console import Console
-
-    from ..calibrate.plan import PlanError
-    from ..plan_result import measure_result, store_result, take_back
-
-    measured = with_progress(lambda step: measure_result(model, out, calibration, step))
-    store_result(out, stored, measured)
-    predicted = stored.predicted
-    line = f"KL {measured.kl:.4f} ± {measured.kl_se:.4f} measured, {predicted.kl:.4f} ± {predicted.kl_se:.4f} predicted"
-    line += f"; perplexity {measured.perplexity:.2f}, original {measured.reference_perplexity:.2f}"
-    Console(stderr=as_json, soft_wrap=True, highlight=False).print(line)
-    if verify_kl is not None and not measured.kl <= verify_kl:
-        take_back(out)
-        raise PlanError(
-            f"{out}: KL {measured.kl:.4f} is more than --verify-kl {verify_kl:g}; it is left without a manifest, so "
-            "that nothing loads it: give more bits, or --effort best"
-        )
+        bless(compilation, stored, calibration, verify_kl, json_output)
+        if stats is None and folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def print_sizes(compilation: Any, as_json: bool) -> None:

@@ -12,8 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import bitpalette
+from bitpalette.calibrate.evaluate import evaluate
 from bitpalette.calibrate.plan import PlanError
-from bitpalette.calibrate.text import Calibration
+from bitpalette.calibrate.text import Calibration, held_out_sequences
+from bitpalette.calibrate.whole import load_model, load_tokenizer
 from bitpalette.cli import main
 from bitpalette.formats.base import open_source
 from bitpalette.formats.kv_plan_file import KVCalibration, LayerSensitivity, StoredKVPlan
@@ -23,7 +26,6 @@ from bitpalette.kernel_bench.rounds import Spread
 from bitpalette.palette import outer_palette, palette
 from bitpalette.plan_budget import Budget
 from bitpalette.plan_refine import Refinement
-from bitpalette.plan_result import measure_result
 from bitpalette.plan_telling import stored_plan
 from bitpalette.planning import Planner
 from bitpalette.quant.kv_format import KVFormat
@@ -210,7 +212,9 @@ def test_kept_and_set(planner: Callable[..., Planner]) -> None:
         planner(keep=["*"])
 
 
-def test_command_to_checkpoint(model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+def test_command_to_checkpoint(
+    model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     code, told, err = call("plan", model, "--bits", 3, "--out", plan, *options(tmp_path), "--palette", MENU[0])
     assert code == 0, err
@@ -224,13 +228,50 @@ def test_command_to_checkpoint(model: Path, tmp_path: Path, call: Callable[..., 
     assert code == 0 and json.loads(told)["bits_per_weight"] == pytest.approx(stored.bits_per_weight, abs=1e-5), err
     assert is_complete(out)
     kept = read_plan(out / PLAN_NAME)
+    assert kept.measured is not None
+    # the same by whole models, one of them loaded from the files
     calibration = Calibration(str(tmp_path / "prose.txt"), TOKENS, SEQ_LEN)
-    assert kept.measured is not None and kept.measured == measure_result(str(model), out, calibration)
+    tokens = held_out_sequences(calibration, load_tokenizer(open_source(str(model))), 4096 // SEQ_LEN)
+    monkeypatch.setenv("BITPALETTE_KERNEL", "reference")
+    loaded = bitpalette.load(out, dtype=torch.float32)
+    want = evaluate(loaded, tokens, load_model(open_source(str(model)), torch.float32))
+    assert kept.measured.tokens == tokens.numel() and abs(kept.measured.kl / want.kl_divergence - 1) <= 1e-3
+    assert abs(kept.measured.perplexity / want.perplexity - 1) <= 1e-3
     assert kept.model_copy(update={"measured": None}) == stored
     assert abs(kept.measured.kl / kept.predicted.kl - 1) <= 0.5
     assert {k: w.scheme for k, w in kept.weights.items()} == {
         r["parameter"]: r["scheme"] for r in json.loads((out / "quantization_report.json").read_text())["layers"]
     }
+
+
+def test_bits_alone_are_planned(model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    out, stats = tmp_path / "out", tmp_path / "out.plan"
+    text = [*options(tmp_path)[:6], "--effort", "fast", "--head-bits", 16]
+    run = ("run", model, out, "--bits", 3.3, *text)
+    code, told, err = call(*run)
+    assert code == 0 and "measured" in told and "predicted" in told, err
+    kept = read_plan(out / PLAN_NAME)
+    assert (
+        kept.measured is not None and kept.bits_per_weight <= 3.3 and len({w.scheme for w in kept.weights.values()}) > 1
+    )
+    assert is_complete(out) and not stats.exists()
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    code, told, err = call(*run)  # again: nothing is planned or written anew
+    assert code == 0 and "is complete already" in err and not stats.exists()
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    # of a method, bits are everybody's
+    code, told, _ = call("run", model, tmp_path / "same", "--bits", 3, "--uniform", *text, "--json")
+    assert code == 0 and {r["scheme"].split(" +")[0] for r in json.loads(told)["layers"]} == {
+        "trellis rate=3.0 window=12"
+    }
+    for given, message in [
+        (("--size", "1MB", "--codec", "int"), "--size is met by a plan, --codec codes every layer alike"),
+        (("--tokens-per-second", 3, "--uniform"), "--tokens-per-second is met by a plan, --uniform codes"),
+        (("--palette", "int"), "--palette is of plans"),
+        (("--bits", 3, "--dry-run"), "--dry-run does not plan"),
+    ]:
+        code, _, err = call("run", model, tmp_path / "no", *given)
+        assert code == 2 and message in err and not (tmp_path / "no").exists()
 
 
 def test_a_result_that_is_worse_than_asked_is_none(
@@ -370,7 +411,7 @@ def test_plans_that_are_none(model: Path, tmp_path: Path, call: Callable[..., tu
 
     assert "cannot be read" in refused("--plan", tmp_path / "none.json")
     assert "says what --bits would" in refused("--plan", plan, "--bits", 3)
-    assert "nats a token above 0, with --plan" in refused("--verify-kl", 0.1)
+    assert "nats a token above 0, with a plan" in refused("--verify-kl", 0.1)
     values = json.loads(plan.read_text())
     plan.write_text(json.dumps(values | {"format_version": 9}))
     assert "written by a newer bitpalette" in refused("--plan", plan)
