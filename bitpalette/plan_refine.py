@@ -1,8 +1,8 @@
 """True KL divergences of plans, and what they teach: step 5 of planning.py.
 
 A plan and, for every kind of weight, the same plan with less for that kind are measured in one pass. By how much each
-of these is worse, against what was predicted, is the kind's factor: it holds what second order and independence leave
-out, which grows at low rates. What remains is one factor for all.
+of these is worse, against what was predicted, corrects the kind's price: it holds what second order and independence
+leave out. What remains, and grows at low rates, is one factor for all.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ SWAP_BITS = 0.5
 
 FACTOR_LIMITS = (0.33, 3.0)
 
+POWERS = (0.5, 1.0)
+"""Of the correction: all of it is too much where a kind's error grows faster than its price, which a swap cannot tell
+from a price that is too low."""
+
 
 @dataclass
 class Refinement:
@@ -49,55 +53,61 @@ class Refinement:
         self.tokens = held_out_sequences(p.calibration, load_tokenizer(p.source), count)
 
     def refine(self, budget: Budget, rounds: int) -> tuple[Solved, list[Round]]:
-        """Solve, measure, correct, solve again, `rounds` times; the last plan is measured as well, and the best of all
-        is returned."""
+        """Solve, measure, correct, solve again, `rounds` times. Of what is solved again with parts of the correction,
+        and the plan before, each round keeps the one with the least true divergence."""
         p, told = self.planner, list[Round]()
         solved = p.solve(budget)
-        if rounds <= 0:
-            return solved, told
-        looked: list[tuple[Measurement, Solved]] = []
         for _ in range(rounds):
             schemes = self.quick(solved)
             swaps = self._swaps(schemes)
             base, *found = self.measured([schemes, *swaps.values()])
-            if looked:
-                told[-1] = told[-1].model_copy(update={"bought": difference(looked[-1][0], base)[0]})
-            told.append(self._learn(schemes, base, swaps, found))
-            looked.append((base, solved))
-            solved = p.solve(budget)
-        (last,) = self.measured([self.quick(solved)])
-        best = min((*looked, (last, solved)), key=lambda pair: pair[0].kl)
-        told[-1] = told[-1].model_copy(update={"bought": difference(looked[-1][0], best[0])[0]})
-        p.scale *= best[0].kl / self.predicted(self.quick(best[1]))
-        return best[1], told
+            predicted, before = self.predicted(schemes), dict(p.factors)
+            steps = self._steps(schemes, base, swaps, found)
+            trials = [(before, solved)]
+            for power in POWERS:
+                p.factors = before | {kind: before.get(kind, 1.0) * step**power for kind, step in steps.items()}
+                trials.append((dict(p.factors), p.solve(budget)))
+            looked = [base, *self.measured([self.quick(s) for _, s in trials[1:]])]
+            best = min(range(len(trials)), key=lambda i: looked[i].kl)
+            p.factors, solved = trials[best]
+            self._agree(solved, looked[best])
+            told.append(
+                Round(
+                    predicted=predicted,
+                    measured=base.kl,
+                    measured_se=base.standard_error,
+                    bought=difference(base, looked[best])[0],
+                    corrections={kind: round(factor, 4) for kind, factor in p.factors.items()},
+                )
+            )
+        return solved, told
 
-    def _learn(
+    def _steps(
         self,
         schemes: Mapping[str, Scheme],
         base: Measurement,
         swaps: Mapping[str, Mapping[str, Scheme]],
         found: Sequence[Measurement],
-    ) -> Round:
-        p = self.planner
+    ) -> dict[str, float]:
+        """{kind: by how much its swap is worse than predicted, relative to all kinds together}."""
         predicted = self.predicted(schemes)
-        steps = {}
-        for (kind, swap), measured in zip(swaps.items(), found, strict=True):
-            expected = self.predicted(swap) - predicted
-            if expected > 0:
-                low, high = FACTOR_LIMITS
-                steps[kind] = min(max(difference(measured, base)[0] / expected, low), high)
-        for kind, step in steps.items():
-            p.factors[kind] = p.factors.get(kind, 1.0) * step
-        p.scale *= base.kl / self.predicted(schemes)
-        p.reference_perplexity = base.reference_perplexity
-        if base.kl > 0:
-            p.perplexity_slope = math.log(base.perplexity / base.reference_perplexity) / base.kl
-        return Round(
-            predicted=predicted,
-            measured=base.kl,
-            measured_se=base.standard_error,
-            corrections={kind: round(factor, 4) for kind, factor in p.factors.items()},
-        )
+        expected = {kind: self.predicted(swap) - predicted for kind, swap in swaps.items()}
+        true = {kind: difference(m, base)[0] for kind, m in zip(swaps, found, strict=True)}
+        common = sum(true.values()) / max(sum(expected.values()), 1e-30)
+        low, high = FACTOR_LIMITS
+        return {
+            kind: min(max(true[kind] / (expected[kind] * common), low), high)
+            for kind in swaps
+            if expected[kind] > 0 and common > 0
+        }
+
+    def _agree(self, solved: Solved, measured: Measurement) -> None:
+        """Predictions of this plan become what was measured."""
+        p = self.planner
+        p.scale *= measured.kl / self.predicted(self.quick(solved))
+        p.reference_perplexity = measured.reference_perplexity
+        if measured.kl > 0:
+            p.perplexity_slope = math.log(measured.perplexity / measured.reference_perplexity) / measured.kl
 
     def front(self, budgets: Sequence[Budget]) -> list[dict[str, float]]:
         """A plan for each budget, all measured in one pass: bits, bytes, predicted, measured, measured_se; predicted:

@@ -13,8 +13,8 @@ from ..formats.atomic import write_atomically
 from ..formats.base import Source
 from ..formats.config_json import read_json
 from ..formats.errors import FormatError
+from ..formats.plan_file import StoredPlan, plan_beside
 from ..formats.shards import INDEX_NAME
-from .plan_values import PlanValues, read_plan_values
 from .reproduction import REPORT, calibration_text, reproduction
 from .weight_kinds import PARTS, kinds_of, part_of
 
@@ -43,7 +43,7 @@ def model_card(folder: Path) -> str:
     if not layers:
         return "# Model\n\nWritten by bitpalette without quantization.\n"
     job, source = report.get("job", {}), report.get("source", {})
-    plan = read_plan_values(folder)
+    plan = plan_beside(folder)
     try:
         bits = _average_bits(layers)
         kinds = _bits_by_kind(layers)
@@ -92,14 +92,14 @@ def _front_matter(base: str | None) -> str:
     return "\n".join([*lines, "tags:", "- bitpalette", "- quantized", "---"])
 
 
-def _figures(plan: PlanValues | None, bits: float, nbytes: int, source_bytes: Any, count: int) -> str:
+def _figures(plan: StoredPlan | None, bits: float, nbytes: int, source_bytes: Any, count: int) -> str:
     size = f"{nbytes / 1e6:,.1f} MB" + (f", from {source_bytes / 1e6:,.1f} MB" if isinstance(source_bytes, int) else "")
     rows = [
         ("weight files", size),
         ("bits a weight", f"{bits:.3f}, average of {count} quantized weights, scales counted"),
     ]
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    if plan is None or plan.predicted is None:
+    if plan is None:
         return "\n".join(table)
     predicted, measured = plan.predicted, plan.measured
     table += ["", "| | original | predicted | measured |", "|---|---|---|---|"]
@@ -144,7 +144,7 @@ def _average_bits(layers: Sequence[Mapping[str, Any]]) -> float:
     return sum(n * float(layer["bits_per_weight"]) for n, layer in zip(counts, layers, strict=True)) / sum(counts)
 
 
-def _how(job: Mapping[str, Any], plan: PlanValues | None) -> str:
+def _how(job: Mapping[str, Any], plan: StoredPlan | None) -> str:
     rounding = job.get("plan", {})
     lines = [
         f"- solver `{rounding.get('solver', 'unknown')}`" + (", then tuned" if rounding.get("tune") else ""),

@@ -176,3 +176,9 @@ def read_plan(path: Path) -> StoredPlan:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise FormatError(f"{path}: {place or 'plan'}: {first['msg']}; mend it, or plan anew") from None
+
+
+def plan_beside(folder: Path) -> StoredPlan | None:
+    """The plan in a checkpoint's folder, None where it has none. FormatError as `read_plan`."""
+    path = folder / PLAN_NAME
+    return read_plan(path) if path.exists() else None

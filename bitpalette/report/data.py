@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ..calibrate.plan_values import PLAN_NAME, PlanValues, read_plan_values
 from ..calibrate.reproduction import REPORT, calibration_text, reproduction
 from ..calibrate.weight_kinds import PARTS, block_of, kinds_of, part_of
 from ..formats.config_json import read_json
 from ..formats.errors import FormatError
 from ..formats.native import NativeSource, open_native
+from ..formats.plan_file import PLAN_NAME, StoredPlan, plan_beside
 from .histogram import Histogram
 
 PARETO_NAME = "pareto.json"
@@ -81,7 +81,7 @@ class ReportData:
     file_bits: float
     calibrated: bool
     python: str
-    plan: PlanValues | None = None
+    plan: StoredPlan | None = None
     pareto: tuple[ParetoPoint, ...] = ()
     histograms: tuple[Histogram, ...] = ()
     missing: tuple[Missing, ...] = ()
@@ -108,7 +108,7 @@ def gather(checkpoint: Path, pareto: Path | None = None) -> ReportData:
     source = open_native(checkpoint)
     report = read_json(checkpoint / REPORT) if (checkpoint / REPORT).exists() else {}
     job, origin = _mapping(report, "job"), _mapping(report, "source")
-    plan = read_plan_values(checkpoint)
+    plan = plan_beside(checkpoint)
     if plan is not None and plan.model and job.get("model") and plan.model != job["model"]:
         raise FormatError(
             f"{checkpoint / PLAN_NAME}: a plan for the model {plan.model[:12]}, the checkpoint is of "
@@ -191,7 +191,7 @@ def _records(checkpoint: Path, report: Mapping[str, Any]) -> dict[str, float]:
     return errors
 
 
-def _weights(source: NativeSource, errors: Mapping[str, float], plan: PlanValues | None) -> tuple[WeightRow, ...]:
+def _weights(source: NativeSource, errors: Mapping[str, float], plan: StoredPlan | None) -> tuple[WeightRow, ...]:
     names = source.quantized_names
     kinds = kinds_of(names)
     rows = []
@@ -238,7 +238,7 @@ def _method(weights: tuple[WeightRow, ...], rounding: Mapping[str, Any]) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _notes(weights: tuple[WeightRow, ...], plan: PlanValues | None) -> tuple[str, ...]:
+def _notes(weights: tuple[WeightRow, ...], plan: StoredPlan | None) -> tuple[str, ...]:
     if plan is None or not plan.weights:
         return ()
     other = [w.name for w in weights if w.name not in plan.weights or plan.weights[w.name].scheme != w.scheme]

@@ -123,7 +123,7 @@ def _tiles(data: ReportData) -> Iterable[Tile]:
     original = "" if data.source_bytes is None else f"from {size(data.source_bytes)}, "
     yield Tile("weight files", size(data.file_bytes), f"{original}{data.file_bits:.2f} bits a weight over all")
     plan = data.plan
-    if plan is None or plan.predicted is None:
+    if plan is None:
         return
     predicted, measured = plan.predicted, plan.measured
     error = (measured or predicted).kl_se
@@ -299,16 +299,15 @@ def _facts(data: ReportData, version: str) -> list[tuple[str, str]]:
     plan = data.plan
     facts = [("method", data.method), ("calibration", data.calibration)]
     if plan is not None:
-        budget = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in plan.budget.items() if v is not None)
+        budget = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in plan.budget.model_dump().items() if v is not None)
         facts.append(("budget", budget or "none"))
-        if plan.solver is not None:
-            facts.append(("solver of the plan", _solved(plan.solver)))
+        facts.append(("solver of the plan", _solved(plan.solver)))
         if plan.contexts:
             room = ", ".join(f"{memory}: {tokens:,} tokens" for memory, tokens in plan.contexts.items())
             facts.append(("context that fits in memory", room))
-        if plan.predicted is not None and plan.predicted.seconds is not None:
+        if plan.predicted.seconds is not None:
             facts.append(("expected time of the run", duration(plan.predicted.seconds)))
-        if plan.predicted is not None and plan.predicted.tokens_per_second is not None:
+        if plan.predicted.tokens_per_second is not None:
             facts.append(("expected speed", f"{plan.predicted.tokens_per_second:.1f} tokens a second"))
     facts.append(("versions", f"written by bitpalette {data.written_by or 'unknown'}, page by {version}"))
     return facts

@@ -146,7 +146,7 @@ def bytes_by_part(data: ReportData, canvas: Canvas) -> Any:
 def predicted_measured(data: ReportData, canvas: Canvas) -> Any:
     """KL and perplexity as points with error bars of one standard error."""
     plan = data.plan
-    if plan is None or plan.predicted is None:
+    if plan is None:
         return None
     predicted, measured = plan.predicted, plan.measured
     kl = [("predicted", predicted.kl, predicted.kl_se, 0)]

@@ -19,6 +19,16 @@ from bitpalette.formats.errors import FormatError
 PLAN = {
     "format_version": 1,
     "command": "quantize plan org/tiny --bits 3",
+    "model": "m",
+    "text": "t",
+    "text_name": "prose",
+    "tokens": 1024,
+    "budget": {"bits": 3.0},
+    "plan": {},
+    "weights": {},
+    "bytes": {"linear": 1, "head": 1, "embedding": 1, "other": 1, "file": 4},
+    "bits_per_weight": 3.0,
+    "solver": {"seconds": 0.1, "gap": 0.0, "bound": 0.1, "exact": True, "candidates": 3, "items": 3},
     "predicted": {"kl": 0.11, "kl_se": 0.01, "perplexity": 25.0, "reference_perplexity": 23.3},
     "measured": {"kl": 0.112, "kl_se": 0.002, "perplexity": 25.2, "top1": 0.825, "text_name": "prose", "tokens": 16384},
 }
