@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import bitpalette
 from bitpalette import generation
@@ -63,6 +64,25 @@ def test_options_do_what_they_do_in_transformers(
     torch.manual_seed(5)
     want = llama.generate(ids[:1], max_new_tokens=24, **{"do_sample": False, **options})
     assert torch.equal(got, want)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("chunk", [5, 9, 19, 64])
+def test_a_prompt_is_read_in_pieces(
+    llama: Any, chunk: int, ids: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = bitpalette.generate(llama, ids[:1], 12)
+    seen: list[int] = []
+    update = DynamicCache.update
+
+    def watched(self: DynamicCache, keys: Tensor, values: Tensor, layer: int, *args: Any, **options: Any) -> Any:
+        if layer == 0:
+            seen.append(keys.shape[2])
+        return update(self, keys, values, layer, *args, **options)
+
+    monkeypatch.setattr(DynamicCache, "update", watched)
+    assert torch.equal(bitpalette.generate(llama, ids[:1], 12, prefill_chunk_size=chunk), want)
+    assert seen == [len(part) for part in torch.arange(19).split(chunk)]
     assert capsys.readouterr().err == ""
 
 
