@@ -10,8 +10,9 @@ from pathlib import Path
 from ._version import __version__
 from .calibrate.kv_allocate import name_of
 from .formats.plan_file import PlanBytes, PlannedCache, PlannedWeight, Prediction, Round, SolverNotes, StoredPlan
-from .plan_amounts import MemoryAmounts
+from .plan_amounts import CHUNK, DTYPE, MemoryAmounts
 from .plan_budget import Budget
+from .plan_memory import GB, Memory, longest_context
 from .planning import Planner, Solved
 from .quant.tensor import stored_bytes
 
@@ -84,7 +85,18 @@ def stored_plan(
             items=len(p.groups()) + len(solved.cache or {}),
         ),
         rounds=list(rounds),
+        contexts={} if solved.memory is None else _contexts(p, solved, solved.memory, budget),
     )
+
+
+def _contexts(p: Planner, solved: Solved, memory: Memory, budget: Budget) -> dict[str, int]:
+    """Tokens of context that fit into common memories."""
+    assert p.cache is not None and solved.cache is not None
+    kv = MemoryAmounts(p.skeleton.model, p.weights, p.cache, budget).plan(solved.cache)
+    found = longest_context(
+        p.skeleton.model, solved.schemes, kv, batch=budget.batch, dtype=DTYPE, chunk=CHUNK, base=memory.base
+    )
+    return {f"{size // GB}GB": tokens for size, tokens in found.items()}
 
 
 def _cache(p: Planner, pairs: Mapping[int, tuple[int, int]], budget: Budget) -> dict[int, PlannedCache]:

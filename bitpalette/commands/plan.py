@@ -385,6 +385,8 @@ def show(stored: StoredPlan, out: Path, seconds: float) -> None:
             f"cache: {formats}, {size(stored.bytes.cache)} for {stored.budget.batch} x {stored.budget.context} tokens; "
             f"memory {size(stored.bytes.memory)}, the prompt read {CHUNK} tokens at a time"
         )
+    if stored.contexts:
+        console.print("longest context in " + ", ".join(f"{m}: {n:,} tokens" for m, n in stored.contexts.items()))
     if p.tokens_per_second is not None:
         console.print(f"{p.tokens_per_second:.1f} tokens a second on this machine")
     for r in stored.rounds:

@@ -19,10 +19,11 @@ from bitpalette.calibrate.text import Calibration, held_out_sequences
 from bitpalette.calibrate.whole import load_model, load_tokenizer
 from bitpalette.cli import main
 from bitpalette.formats.base import open_source
-from bitpalette.formats.kv_plan_file import KVCalibration, LayerSensitivity, StoredKVPlan
+from bitpalette.formats.kv_plan_file import KVCalibration, LayerSensitivity, StoredKVPlan, read_kv_plan
 from bitpalette.formats.manifest import is_complete
 from bitpalette.formats.plan_file import PLAN_NAME, StoredPlan, read_plan
 from bitpalette.kernel_bench.rounds import Spread
+from bitpalette.kv_use import plan_of
 from bitpalette.palette import outer_palette, palette
 from bitpalette.plan_budget import Budget
 from bitpalette.plan_refine import Refinement
@@ -283,6 +284,31 @@ def test_bits_alone_are_planned(model: Path, tmp_path: Path, call: Callable[...,
         assert code == 2 and message in err and not (tmp_path / "no").exists()
 
 
+def test_memory_from_command_to_a_packed_cache(
+    model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitpalette.plan_memory.base_bytes", lambda packed: 1_000_000)
+    monkeypatch.setattr("bitpalette.commands.plan.CACHE_TOKENS", 512)
+    monkeypatch.setattr("bitpalette.commands.plan.CACHE_MIXES", 0)
+    out, text = tmp_path / "out", [*options(tmp_path)[:6], "--effort", "fast", "--head-bits", 16, "--refine", 0]
+    code, _, err = call("run", model, out, "--memory", "1kB", "--context", 250, *text, "--stats", tmp_path / "stats")
+    assert code == 2 and "for memory is short by" in err and not out.exists()
+    least = int(err.rpartition("possible is ")[2].split()[0].replace(",", ""))
+    memory = ("--memory", str(least + 20_000), "--context", 250)
+    code, _, err = call("run", model, out, *memory, *text, "--stats", tmp_path / "stats")
+    assert code == 0 and is_complete(out), err
+    kept, cache = read_plan(out / PLAN_NAME), read_kv_plan(out)
+    assert kept.cache is not None and cache is not None and kept.bytes.memory is not None
+    assert kept.bytes.memory <= least + 20_000
+    for layer, planned in kept.cache.items():
+        form = cache.plan.format_of(layer)
+        assert planned.format == f"k{form.bits_k}v{form.bits_v}"
+    assert plan_of(bitpalette.load(out)) is not None
+    # a plan for weights and cache needs the folder with the means of keys
+    code, _, err = call("run", model, tmp_path / "other", "--plan", out / PLAN_NAME, *text[:6])
+    assert code == 2 and "--stats names the one" in err and not (tmp_path / "other").exists()
+
+
 def test_a_result_that_is_worse_than_asked_is_none(
     model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -346,6 +372,9 @@ def test_weights_and_cache_share_memory(
     stored = stored_plan(made, roomy, asked(least + 60_000))
     assert stored.cache is not None and stored.bytes.memory == roomy.memory.total
     assert stored.bytes.cache == roomy.memory.cache
+    assert set(stored.contexts) == {"4GB", "6GB", "8GB", "12GB", "16GB", "24GB"} and set(stored.contexts.values()) == {
+        256
+    }
     assert abs(stored.predicted.kl - roomy.chosen.cost) <= 1e-9
     with pytest.raises(PlanError, match="has 256 positions"):
         made.solve(asked(10**9, 1000))
