@@ -99,14 +99,15 @@ def start(
     skeleton: Skeleton,
     tokens: Tensor,
     dtype: torch.dtype,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     replaced: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Stream:
     """Hidden states at the first block's input, for tokens int64 [sequences, seq_len]. Loads what stands before it, on
-    the skeleton's device. batch_tokens: of one batch, at most; a batch is one sequence at least. replaced: other values
+    the skeleton's device. batch_tokens: of one batch, at most (None: BATCH_TOKENS); a batch is one
+    sequence at least. replaced: other values
     of some of its parameters."""
     outer = skeleton.parameters_of(None)
-    batches = list(tokens.split(max(1, batch_tokens // tokens.shape[1])))
+    batches = list(tokens.split(max(1, (batch_tokens or BATCH_TOKENS) // tokens.shape[1])))
     stream = Stream([], [], skeleton.device)
     shared: dict[int, list[Any]] = {}
     with skeleton.loaded(outer), torch.no_grad():
