@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ._version import __version__
 from .calibrate.expected_error import Expected
 from .formats.atomic import write_atomically
 from .formats.errors import FormatError
@@ -22,19 +23,21 @@ class _Kept(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     version: int
+    bitpalette_version: str
     seed: int
     errors: dict[str, list[tuple[dict[str, Any], float, float, float]]]
 
 
 def read_errors(folder: Path, seed: int) -> dict[str, dict[Scheme, Expected]]:
-    """{parameter: {scheme: its error}}; nothing where none were kept, or for another seed of rotations. FormatError for
+    """{parameter: {scheme: its error}}; nothing where none were kept, or by another version
+    or seed of rotations. FormatError for
     a damaged file."""
     path = folder / NAME
     if not path.exists():
         return {}
     try:
         kept = _Kept.model_validate_json(path.read_bytes())
-        if kept.version != VERSION or kept.seed != seed:
+        if (kept.version, kept.bitpalette_version, kept.seed) != (VERSION, __version__, seed):
             return {}
         return {
             name: {Scheme.from_dict(s): Expected(output, error, table) for s, output, error, table in rows}
@@ -46,5 +49,5 @@ def read_errors(folder: Path, seed: int) -> dict[str, dict[Scheme, Expected]]:
 
 def write_errors(folder: Path, seed: int, errors: dict[str, dict[Scheme, Expected]]) -> None:
     rows = {name: [(s.to_dict(), *asdict(e).values()) for s, e in found.items()] for name, found in errors.items()}
-    kept = _Kept.model_validate({"version": VERSION, "seed": seed, "errors": rows})
+    kept = _Kept.model_validate({"version": VERSION, "bitpalette_version": __version__, "seed": seed, "errors": rows})
     write_atomically(folder / NAME, kept.model_dump_json().encode())

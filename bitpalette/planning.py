@@ -258,8 +258,18 @@ class Planner:
         parts = (s.alpha_se * found.output, s.alpha * found.standard_error, s.embedding_alpha_se * found.table)
         return sum((p * self.factors.get(self.kind(name), 1.0) * self.scale) ** 2 for p in parts)
 
-    def items(self, memory: MemoryAmounts | None = None, latency: LatencyAmounts | None = None) -> list[Item]:
-        """What is chosen for, groups that share a scheme as one; with `memory` the caches of layers too."""
+    def check(self, budget: Budget) -> None:
+        """PlanError for a budget of bits or bytes that is too small for any plan, before anything is measured."""
+        items = self.items(priced=False)
+        limits = self._limits(budget, items, self._other_bytes())
+        if limits:
+            allocate(items, limits)
+
+    def items(
+        self, memory: MemoryAmounts | None = None, latency: LatencyAmounts | None = None, priced: bool = True
+    ) -> list[Item]:
+        """What is chosen for, groups that share a scheme as one; with `memory` the caches of layers too. priced: with
+        costs, which take `measure` first."""
         items = [] if memory is None else memory.items()
         for names in self.groups():
             menus = [self.candidates[n] for n in names]
@@ -269,7 +279,7 @@ class Planner:
             candidates = []
             for scheme in shared:
                 size = sum(stored_bytes(scheme, self.weights[n].shape) for n in names)
-                cost = sum(self.cost(n, scheme) for n in names)
+                cost = sum(self.cost(n, scheme) for n in names) if priced else 0.0
                 amounts: dict[str, float] = {"bits": 8 * size, "size": size}
                 if memory is not None:
                     amounts["memory"] = sum(memory.of_weight(n, scheme) for n in names)
@@ -294,27 +304,30 @@ class Planner:
         """The cheapest plan within the budget. PlanError where there is none: by how much, and what the least is."""
         memory, latency = self._memory_amounts(budget), self._latency_amounts(budget)
         items = self.items(memory, latency)
-        own = [item for item in items if item.names[0] in self.candidates]
-        weights = sum(math.prod(self.weights[n].shape) for item in own for n in item.names)
-        fixed, extra = self._other_bytes(), 0
-        limits = []
-        if budget.bits is not None:
-            limits.append(Limit("bits", math.floor(budget.bits * weights + 1e-6), unit="bits in all weights"))
-        if memory is not None:
-            limits.append(self._memory_limit(memory, items))
-        if latency is not None:
-            limits.append(latency.limit(self.candidates))
+        others = [] if memory is None else [self._memory_limit(memory, items)]
+        others += [] if latency is None else [latency.limit(self.candidates)]
+        fixed = self._other_bytes()
         for _ in range(SIZE_ROUNDS):
-            size = [] if budget.size_bytes is None else [Limit("size", budget.size_bytes, fixed + extra, unit="bytes")]
-            chosen = allocate(items, [*limits, *size])
+            chosen = allocate(items, [*self._limits(budget, items, fixed), *others])
             solved = self._solved(items, chosen, memory, latency)
             if budget.size_bytes is None:
                 return solved
             over = self.compiled(solved.plan).sizes().file_bytes - budget.size_bytes
             if over <= 0:
                 return solved
-            extra += over
+            fixed += over
         raise PlanError(f"no plan was found whose files have {budget.size_bytes:,} bytes; give a little more")
+
+    def _limits(self, budget: Budget, items: Sequence[Item], fixed: int) -> list[Limit]:
+        """Of bits and of bytes, `fixed` of which are not of weights that are planned."""
+        found = []
+        if budget.bits is not None:
+            weights = sum(math.prod(self.weights[n].shape) for i in items for n in i.names if n in self.candidates)
+            most = math.floor(budget.bits * weights + 1e-6)
+            found.append(Limit("bits", most, unit="bits a weight", told_per=weights))
+        if budget.size_bytes is not None:
+            found.append(Limit("size", budget.size_bytes, fixed, unit="bytes"))
+        return found
 
     def _solved(
         self, items: Sequence[Item], chosen: Chosen, memory: MemoryAmounts | None, latency: LatencyAmounts | None

@@ -40,14 +40,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Limit:
-    """At most `most` of `name`, of which `fixed` is spent whatever is chosen. unit: as the user reads it; whole:
-    amounts are whole numbers."""
+    """At most `most` of `name`, of which `fixed` is spent whatever is chosen. unit: as the user reads it, of
+    amounts divided by told_per; whole: amounts are whole numbers."""
 
     name: str
     most: float
     fixed: float = 0.0
     unit: str = ""
     whole: bool = True
+    told_per: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def _amount(candidate: Candidate, name: str) -> float:
 
 def _short(limit: Limit, least: float) -> str:
     def told(value: float) -> str:
-        return f"{value:,.0f} {limit.unit}" if limit.whole else f"{value:.4g} {limit.unit}"
+        plain = limit.whole and limit.told_per == 1
+        return f"{value:,.0f} {limit.unit}" if plain else f"{value / limit.told_per:.4g} {limit.unit}"
 
     return (
         f"the budget of {told(limit.most)} for {limit.name} is short by {told(least - limit.most)}: the smallest "

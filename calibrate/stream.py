@@ -103,9 +103,8 @@ def start(
     replaced: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Stream:
     """Hidden states at the first block's input, for tokens int64 [sequences, seq_len]. Loads what stands before it, on
-    the skeleton's device. batch_tokens: of one batch, at most (None: BATCH_TOKENS); a batch is one
-    sequence at least. replaced: other values
-    of some of its parameters."""
+    the skeleton's device. batch_tokens: of one batch, at most (None: BATCH_TOKENS); a batch is one sequence at least.
+    replaced: other values of some of its parameters."""
     outer = skeleton.parameters_of(None)
     batches = list(tokens.split(max(1, (batch_tokens or BATCH_TOKENS) // tokens.shape[1])))
     stream = Stream([], [], skeleton.device)

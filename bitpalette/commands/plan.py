@@ -181,6 +181,8 @@ def pareto(
     check_plot(plot)
 
     def found(planner: Planner) -> list[dict[str, Any]]:
+        for budget in budgets:
+            planner.check(budget)
         planner.measure()
         return Refinement(planner).front(budgets)
 
@@ -287,6 +289,7 @@ def planned(planner: Planner, budget: Budget, refine: int, calib: str) -> Stored
     from ..plan_refine import Refinement
     from ..plan_telling import stored_plan
 
+    planner.check(budget)
     planner.measure()
     if budget.memory_bytes is not None:
         planner.cache = cache_of(planner, calib)

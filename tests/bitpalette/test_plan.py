@@ -278,10 +278,12 @@ def test_bits_alone_are_planned(model: Path, tmp_path: Path, call: Callable[...,
         (("--size", "1MB", "--codec", "int"), "--size is met by a plan, --codec codes every layer alike"),
         (("--tokens-per-second", 3, "--uniform"), "--tokens-per-second is met by a plan, --uniform codes"),
         (("--palette", "int"), "--palette is of plans"),
+        (("--bits", 1.2), "budget of 1.2 bits a weight for bits is short by"),
+        (("--size", "10kB"), "bytes for size is short by"),
         (("--bits", 3, "--dry-run"), "--dry-run does not plan"),
     ]:
-        code, _, err = call("run", model, tmp_path / "no", *given)
-        assert code == 2 and message in err and not (tmp_path / "no").exists()
+        code, _, err = call("run", model, tmp_path / "no", *given, *text)
+        assert code == 2 and message in err and not list(tmp_path.glob("no*"))
 
 
 def test_memory_from_command_to_a_packed_cache(
