@@ -18,7 +18,9 @@ def run(program: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear_memory", "vector_memory", "decoder_memory"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("linear_memory", marks=pytest.mark.release), "vector_memory", "decoder_memory"]
+)
 def test_no_address_outside_and_nothing_undefined(name: str, sanitized: Callable[[str, str], Path]) -> None:
     run(sanitized("memory", name))
 

@@ -48,6 +48,11 @@ CASES = [(name, mode) for name in FOUND for mode in checks_of(FOUND[name].stem).
 STEMS = sorted({path.stem for path in FOUND.values()})
 
 
+def marked(stem: str, mode: str) -> list[pytest.MarkDecorator]:
+    """The KV cache's kernels under a sanitizer: half a minute each to compile."""
+    return [pytest.mark.release] if stem.startswith("kv_") and mode != "plain" else []
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_mutation_has_somebody_who_catches_it(stem: str) -> None:
     assert {name for name, path in FOUND.items() if path.stem == stem} == set(checks_of(stem).MUTATIONS)
@@ -60,14 +65,17 @@ def test_without_mutation(hostexec: Any, stem: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["asan", "tsan"])
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize(
+    ("stem", "mode"), [pytest.param(s, m, marks=marked(s, m)) for s in STEMS for m in ("asan", "tsan")]
+)
 def test_without_mutation_sanitized(hostexec: Any, stem: str, mode: str) -> None:
     hostexec.isolated(mode, checks_of(stem).check, [])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "mode"), CASES)
+@pytest.mark.parametrize(
+    ("name", "mode"), [pytest.param(name, mode, marks=marked(FOUND[name].stem, mode)) for name, mode in CASES]
+)
 def test_mutation_is_caught(hostexec: Any, name: str, mode: str) -> None:
     checks = checks_of(FOUND[name].stem)
     with pytest.raises(hostexec.IsolatedError, match=checks.MUTATIONS[name][mode]):  # plain as well: it may crash

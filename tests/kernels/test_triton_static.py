@@ -48,10 +48,11 @@ FAMILIES = {
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_every_kernel(arch: str, tmp_path: Path) -> None:
     result = static_triton(tmp_path, "--arch", arch, "--quick")
     assert result.returncode == 0, result.stdout + result.stderr
     names = [line.removeprefix(f"sm_{arch}  ") for line in result.stdout.splitlines() if line.startswith(f"sm_{arch}")]
-    assert {" ".join(name.split()[:2]) for name in names} >= FAMILIES
+    assert not [family for family in FAMILIES if not any(name.startswith(f"{family} ") for name in names)]
     assert len([name for name in names if name.startswith("kv attention")]) >= 12
