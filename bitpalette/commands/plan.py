@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ import typer
 from .text import duration, parse_size, size
 
 if TYPE_CHECKING:
+    from ..calibrate.text import Calibration
     from ..formats.kv_plan_file import StoredKVPlan
     from ..formats.plan_file import StoredPlan
     from ..plan_budget import Budget
@@ -25,6 +27,8 @@ OUT = Path("quantization_plan.json")
 PARETO = Path("pareto.json")
 CACHE_TOKENS, CACHE_LENGTHS, CACHE_WINDOW, CACHE_MIXES = 8192, (512, 2048), 64, 4
 """How the cache is measured; `quantize plan-kv` says what these are."""
+
+SENSITIVITY_TOKENS = 4096
 
 STATS = ".stats"
 """Behind the plan's name: the folder of what was measured, where none is named."""
@@ -99,7 +103,7 @@ def plan(
     calib: Calib = "builtin",
     calib_tokens: CalibTokens = 65536,
     seq_len: SeqLen = 512,
-    sensitivity_tokens: SensitivityTokens = 4096,
+    sensitivity_tokens: SensitivityTokens = SENSITIVITY_TOKENS,
     stats: Stats = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -107,6 +111,7 @@ def plan(
 ) -> None:
     """Find the bits of every weight of MODEL that cost least KL divergence within a budget; `quantize run --plan` runs
     the plan. What was measured is kept: another budget then takes seconds."""
+    from ..calibrate.text import Calibration
     from ..formats.plan_file import write_plan
     from ..plan_budget import Budget
 
@@ -126,19 +131,18 @@ def plan(
         lambda planner: planned(planner, budget, refine, calib),
         model,
         stats or out.with_suffix(STATS),
-        palette=palette,
-        effort=effort,
-        keep=keep,
-        set_=set_,
-        head_bits=head_bits,
-        embed_bits=embed_bits,
-        serve=serve,
-        calib=calib,
-        calib_tokens=calib_tokens,
-        seq_len=seq_len,
-        sensitivity_tokens=sensitivity_tokens,
-        seed=seed,
-        device=device,
+        PlannerOptions(
+            palette,
+            effort,
+            keep,
+            set_,
+            head_bits,
+            embed_bits,
+            serve,
+            Calibration(calib, calib_tokens, seq_len, seed),
+            device,
+            sensitivity_tokens,
+        ),
     )
     write_plan(out, stored)
     if json_output:
@@ -162,7 +166,7 @@ def pareto(
     calib: Calib = "builtin",
     calib_tokens: CalibTokens = 65536,
     seq_len: SeqLen = 512,
-    sensitivity_tokens: SensitivityTokens = 4096,
+    sensitivity_tokens: SensitivityTokens = SENSITIVITY_TOKENS,
     stats: Stats = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -170,6 +174,7 @@ def pareto(
 ) -> None:
     """Predicted KL divergence of MODEL at several average bits, all solved from one calibration and measured in one
     pass through the model (with the quickest search for trellis codes)."""
+    from ..calibrate.text import Calibration
     from ..formats.atomic import write_atomically
     from ..plan_budget import Budget
     from ..plan_refine import Refinement
@@ -190,19 +195,18 @@ def pareto(
         found,
         model,
         stats or out.with_suffix(STATS),
-        palette=palette,
-        effort=effort,
-        keep=keep,
-        set_=set_,
-        head_bits=head_bits,
-        embed_bits=embed_bits,
-        serve=serve,
-        calib=calib,
-        calib_tokens=calib_tokens,
-        seq_len=seq_len,
-        sensitivity_tokens=sensitivity_tokens,
-        seed=seed,
-        device=device,
+        PlannerOptions(
+            palette,
+            effort,
+            keep,
+            set_,
+            head_bits,
+            embed_bits,
+            serve,
+            Calibration(calib, calib_tokens, seq_len, seed),
+            device,
+            sensitivity_tokens,
+        ),
     )
     write_atomically(out, json.dumps(points, indent=1).encode())
     if plot is not None:
@@ -224,40 +228,44 @@ def pareto(
     Console().print(table)
 
 
-def with_planner(
-    action: Callable[[Planner], Any],
-    model: str,
-    folder: Path,
-    *,
-    palette: list[str] | None,
-    effort: str,
-    keep: list[str] | None,
-    set_: list[str] | None,
-    head_bits: float | None,
-    embed_bits: float | None,
-    serve: str | None,
-    calib: str,
-    calib_tokens: int,
-    seq_len: int,
-    sensitivity_tokens: int,
-    seed: int,
-    device: str,
-) -> Any:
+@dataclass(frozen=True)
+class PlannerOptions:
+    """The options of every command that plans, as they were given."""
+
+    palette: list[str] | None
+    effort: str
+    keep: list[str] | None
+    set_: list[str] | None
+    head_bits: float | None
+    embed_bits: float | None
+    serve: str | None
+    calibration: Calibration
+    device: str
+    sensitivity_tokens: int = SENSITIVITY_TOKENS
+
+
+def with_planner(action: Callable[[Planner], Any], model: str, folder: Path, options: PlannerOptions) -> Any:
     """What action(planner) returns, with a progress bar on stderr for every phase."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..calibrate.text import Calibration
     from ..formats.base import open_source
     from ..palette import outer_palette
     from ..palette import palette as schemes_of
     from ..planning import Planner
     from ..recipe import make_plan
 
+    o = options
     template = make_plan(
-        bits=4, effort=effort, head_bits=head_bits, embed_bits=embed_bits, keep=keep or (), set_=set_ or (), seed=seed
+        bits=4,
+        effort=o.effort,
+        head_bits=o.head_bits,
+        embed_bits=o.embed_bits,
+        keep=o.keep or (),
+        set_=o.set_ or (),
+        seed=o.calibration.seed,
     )
-    chosen_outside = head_bits is None and embed_bits is None
+    chosen_outside = o.head_bits is None and o.embed_bits is None
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
@@ -270,14 +278,14 @@ def with_planner(
         planner = Planner(
             open_source(model),
             template,
-            schemes_of(palette or (), effort),
-            outer_palette(palette or (), effort) if chosen_outside else (),
-            Calibration(calib, calib_tokens, seq_len, seed),
+            schemes_of(o.palette or (), o.effort),
+            outer_palette(o.palette or (), o.effort) if chosen_outside else (),
+            o.calibration,
             folder,
-            serve=serve,
-            device=device,
-            sensitivity_tokens=sensitivity_tokens,
-            effort=effort,
+            serve=o.serve,
+            device=o.device,
+            sensitivity_tokens=o.sensitivity_tokens,
+            effort=o.effort,
             progress=step,
         )
         return action(planner)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .plan import Batch, Context, Memory, Palette, Refine, Serve, Size, Threads, TokensPerSecond
+from .plan import Batch, Context, Memory, Palette, PlannerOptions, Refine, Serve, Size, Threads, TokensPerSecond
 from .run_plan import RunBudget, bless, plan_for_run
 from .text import duration, parse_size, peak_memory, size
 
@@ -149,18 +149,10 @@ def run(
             threads=threads,
             method=[name for name, value in method.items() if value is not None],
         ),
-        calibration,
+        PlannerOptions(palette, effort, keep, set_, head_bits, embed_bits, serve, calibration, device),
         stats,
-        palette=palette,
-        effort=effort,
-        keep=keep,
-        set_=set_,
-        head_bits=head_bits,
-        embed_bits=embed_bits,
-        serve=serve,
-        refine=refine,
-        device=device,
-        dry_run=dry_run,
+        refine,
+        dry_run,
     )
     if verify_kl is not None and (stored is None or not verify_kl > 0):
         raise PlanError(f"--verify-kl {verify_kl:g}: nats a token above 0, with a plan")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import with_progress
-from .plan import command_line, planned, sized, with_planner
+from .plan import PlannerOptions, command_line, planned, sized, with_planner
 
 if TYPE_CHECKING:
     from ..calibrate.text import Calibration
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 FOLDER = ".plan"
 """Behind the output's name: the folder of what a plan measures, where --stats names none; gone once the run is done."""
-
-SENSITIVITY_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,17 @@ def plan_for_run(
     out: Path,
     plan_file: Path | None,
     budget: RunBudget,
-    calibration: Calibration,
+    options: PlannerOptions,
     stats: Path | None,
-    *,
-    palette: list[str] | None,
-    effort: str,
-    keep: list[str] | None,
-    set_: list[str] | None,
-    head_bits: float | None,
-    embed_bits: float | None,
-    serve: str | None,
     refine: int,
-    device: str,
     dry_run: bool,
 ) -> tuple[StoredPlan | None, Path | None]:
     """(the plan, None where every layer is coded alike; the folder of statistics). PlanError for options that
     contradict each other."""
     from ..calibrate.plan import PlanError
 
-    given = {"--bits": budget.bits, "--keep": keep, "--set": set_, "--palette": palette, "--serve": serve}
+    o = options
+    given = {"--bits": budget.bits, "--keep": o.keep, "--set": o.set_, "--palette": o.palette, "--serve": o.serve}
     others = [*(name for name, value in given.items() if value), *budget.method, *budget.limits]
     if plan_file is not None:
         if others:
@@ -94,26 +84,10 @@ def plan_for_run(
         return known, folder
     if dry_run:
         raise PlanError("--dry-run does not plan, which takes minutes: `quantize plan` does, then --plan --dry-run")
-    return _made(
-        model, folder, budget, calibration, palette, effort, keep, set_, head_bits, embed_bits, serve, refine, device
-    ), folder
+    return _made(model, folder, budget, options, refine), folder
 
 
-def _made(
-    model: str,
-    folder: Path,
-    budget: RunBudget,
-    calibration: Calibration,
-    palette: list[str] | None,
-    effort: str,
-    keep: list[str] | None,
-    set_: list[str] | None,
-    head_bits: float | None,
-    embed_bits: float | None,
-    serve: str | None,
-    refine: int,
-    device: str,
-) -> StoredPlan:
+def _made(model: str, folder: Path, budget: RunBudget, options: PlannerOptions, refine: int) -> StoredPlan:
     """A plan for the budget, kept in the folder so that an interrupted run does not make it again."""
     from ..formats.plan_file import PLAN_NAME, write_plan
     from ..plan_budget import Budget
@@ -128,22 +102,7 @@ def _made(
         threads=budget.threads,
     )
     stored: StoredPlan = with_planner(
-        lambda planner: planned(planner, wanted, refine, calibration.text),
-        model,
-        folder,
-        palette=palette,
-        effort=effort,
-        keep=keep,
-        set_=set_,
-        head_bits=head_bits,
-        embed_bits=embed_bits,
-        serve=serve,
-        calib=calibration.text,
-        calib_tokens=calibration.tokens,
-        seq_len=calibration.seq_len,
-        sensitivity_tokens=SENSITIVITY_TOKENS,
-        seed=calibration.seed,
-        device=device,
+        lambda planner: planned(planner, wanted, refine, options.calibration.text), model, folder, options
     )
     write_plan(folder / PLAN_NAME, stored)
     return stored
