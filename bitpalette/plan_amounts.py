@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .calibrate.allocate import Candidate, Item, Limit
-from .calibrate.kv_allocate import cost_of, name_of, pairs_of
+from .calibrate.kv_allocate import cost_of, pairs_of
 from .calibrate.structure import Weight
 from .formats.kv_plan_file import StoredKVPlan
 from .kernels.kv_pages import GROWTH
@@ -145,7 +145,3 @@ def pairs_in(names: Mapping[str, object]) -> dict[int, tuple[int, int]]:
     """{layer: pair} of what was chosen for caches."""
     prefix = CACHE.format("")
     return {int(n.removeprefix(prefix)): pair for n, pair in names.items() if n.startswith(prefix)}  # type: ignore[misc]
-
-
-def format_name(pair: tuple[int, int]) -> str:
-    return name_of(pair)

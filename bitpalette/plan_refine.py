@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -45,12 +46,13 @@ class Refinement:
     """planner: measured. Its factors and scale are changed by what is learnt."""
 
     planner: Planner
-    tokens: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def tokens(self) -> Tensor:
+        """int64 [sequences, seq_len] that divergences are measured on; none are needed where nothing is refined."""
         p = self.planner
         count = max(2, p.refine_tokens // p.calibration.seq_len)
-        self.tokens = held_out_sequences(p.calibration, load_tokenizer(p.source), count)
+        return held_out_sequences(p.calibration, load_tokenizer(p.source), count)
 
     def refine(self, budget: Budget, rounds: int) -> tuple[Solved, list[Round]]:
         """Solve, measure, correct, solve again, `rounds` times. Of what is solved again with parts of the correction,
@@ -130,7 +132,7 @@ class Refinement:
 
     def quick(self, solved: Solved) -> dict[str, Scheme]:
         """The plan's schemes as they are coded here."""
-        return {n: quick(s) for n, s in self.planner.compiled(solved.plan).schemes.items()}
+        return {n: quick(s) for n, s in solved.schemes.items()}
 
     def predicted(self, schemes: Mapping[str, Scheme]) -> float:
         """Of schemes as `quick` gives them."""
@@ -162,6 +164,7 @@ class Refinement:
         return min(menu, key=lambda s: abs(bits[s] - wish))
 
     def measured(self, plans: Sequence[Mapping[str, Scheme]]) -> list[Measurement]:
+        """True divergences of {parameter: scheme}, all in one pass over `tokens`."""
         return measure_plans(
             self.planner.skeleton,
             self.planner.weights,
@@ -196,4 +199,5 @@ class Refinement:
 
 
 def quick(scheme: Scheme) -> Scheme:
+    """The form of a scheme that is measured: a trellis with the narrowest window."""
     return scheme.replace(window=WINDOW) if isinstance(scheme, TrellisScheme) else scheme

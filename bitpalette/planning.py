@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ._version import __version__
 from .calibrate.allocate import Candidate, Chosen, Item, Limit, allocate
-from .calibrate.collect_stats import calibration_tokens, collect_statistics
+from .calibrate.collect_stats import calibration_tokens, collect_statistics, missing_parts
 from .calibrate.compile import Compilation
 from .calibrate.expected_error import Expected, expected_errors
 from .calibrate.plan import Plan, PlanError, Rule
 from .calibrate.sensitivity import fisher_sensitivities
 from .calibrate.store import LayerStats, StatsStore
 from .calibrate.text import Calibration
+from .calibrate.weight_kinds import kinds_of
 from .formats.base import Source
 from .formats.kv_plan_file import StoredKVPlan
 from .formats.sensitivity_file import Sensitivities, Sensitivity, read_sensitivities, write_sensitivities
@@ -38,7 +39,7 @@ from .plan_amounts import LatencyAmounts, MemoryAmounts, pairs_in
 from .plan_budget import Budget
 from .plan_errors import read_errors, write_errors
 from .plan_memory import Memory
-from .quant.scheme import Scheme
+from .quant.scheme import Scheme, SchemeError
 from .quant.tensor import stored_bytes
 
 SENSITIVITIES = "sensitivities.safetensors"
@@ -104,6 +105,7 @@ class Planner:
             raise PlanError(f"{self.source.path}: every weight is kept at 16 bits, nothing is left to plan")
         self.skeleton, self.weights = self.compilation.skeleton, self.compilation.weights
         self.skeleton.use(self.compilation.device)
+        self.kinds = kinds_of(self.compilation.schemes)
         self.fixed = self._fixed()
         self.candidates = {name: self._candidates(name) for name in self.compilation.schemes}
         self.tokens: Tensor | None = None
@@ -131,8 +133,8 @@ class Planner:
         return "head" if weight.head else "embedding" if weight.embedding else "linear"
 
     def kind(self, name: str) -> str:
-        """The weight's role: the last part of its module's name, the same in every block."""
-        return self.part(name) if self.part(name) != "linear" else role(name)
+        """What the weight is within its block, the same in every block; outside, its part."""
+        return self.kinds[name] if self.part(name) == "linear" else self.part(name)
 
     def _candidates(self, name: str) -> list[Scheme]:
         own, weight = self.compilation.schemes[name], self.weights[name]
@@ -146,7 +148,7 @@ class Planner:
         for scheme in menu:
             try:
                 scheme.check_shape(weight.shape[-2:])
-            except ValueError:
+            except SchemeError:
                 continue
             fitting.append(scheme)
         if not fitting:
@@ -162,7 +164,7 @@ class Planner:
         origin["fold"] = self.template.seed if self.skeleton.fold is not None else None
         self.store = StatsStore(self.folder, origin)
         dtype = self.compilation.dtype
-        if any(not self.store.has(part) for part in range(len(self.skeleton.blocks) + 1)):
+        if missing_parts(self.store, self.skeleton):
             collect_statistics(
                 self.skeleton, self.weights, self.store, self._tokens(), dtype, self.told("statistics of inputs")
             )
@@ -180,13 +182,13 @@ class Planner:
     def _sensitivities(self, origin: Mapping[str, Any]) -> Mapping[str, Sensitivity]:
         path = self.folder / SENSITIVITIES
         length = min(SENSITIVITY_SEQ_LEN, self.calibration.seq_len)
-        count = max(2, self.sensitivity_tokens // length)
+        count = min(max(2, self.sensitivity_tokens // length), self.calibration.sequences)
         if path.exists():
             found = read_sensitivities(path)
             if found.sequences >= count and set(found.weights) >= set(self.compilation.schemes):
                 return found.weights
         tokens = self._tokens()
-        tokens = tokens[torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).long().unique(), :length]
+        tokens = tokens[torch.linspace(0, len(tokens) - 1, count).long(), :length]
         weights = {n: self.weights[n] for n in self.weights if not self.weights[n].router}
         measured = fisher_sensitivities(
             self.skeleton, weights, tokens, seed=self.template.seed, progress=self.told("sensitivities")
@@ -296,7 +298,7 @@ class Planner:
         groups: dict[tuple[str, int], list[str]] = {}
         for i, name in enumerate(names):
             parent = name.removesuffix(".weight").rpartition(".")[0]
-            fused = next((j for j, roles in enumerate(VLLM_FUSED) if role(name) in roles), None)
+            fused = next((j for j, roles in enumerate(VLLM_FUSED) if _last_part(name) in roles), None)
             groups.setdefault((parent, fused) if fused is not None else (name, -1 - i), []).append(name)
         return list(groups.values())
 
@@ -395,7 +397,7 @@ class Planner:
         return replace(self.template, linear=usual, rules=tuple(rules))
 
 
-def role(name: str) -> str:
+def _last_part(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 

@@ -27,13 +27,13 @@ from ..quant.transform import derive, get_transform
 from ..quant.trellis import TrellisScheme
 
 ROWS = 32
-"""Rows of a sample: two rows of tiles. The measured ratio then has a standard error of some 3 %."""
+"""Rows of a sample: two rows of tiles."""
 
 ANCHORS = (1.5, 2.5, 4.0)
 """Rates of the trellis that a sample is quantized at."""
 
 ANCHOR_WINDOW = 12
-"""Their window: the quickest search. Ratios of wider windows are the same within the sample's error."""
+"""Their window: the quickest search. The ratio to what is expected is taken to be that of wider windows."""
 
 FEEDING_BACK = ("gptq", "ldlq")
 

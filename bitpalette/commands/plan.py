@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .text import duration, parse_size, size
+from .phases import phases
+from .text import duration, size, sized
 
 if TYPE_CHECKING:
     from ..calibrate.text import Calibration
@@ -113,22 +114,13 @@ def plan(
     the plan. What was measured is kept: another budget then takes seconds."""
     from ..calibrate.text import Calibration
     from ..formats.plan_file import write_plan
-    from ..plan_budget import Budget
 
-    budget = Budget(
-        bits=bits,
-        size_bytes=None if size_ is None else sized("--size", size_),
-        memory_bytes=None if memory is None else sized("--memory", memory),
-        context=context,
-        batch=batch,
-        tokens_per_second=tokens_per_second,
-        threads=threads,
-    )
+    budget = budget_of(bits, size_, memory, context, batch, tokens_per_second, threads)
     check_place(out)
     started = time.monotonic()
 
     stored = with_planner(
-        lambda planner: planned(planner, budget, refine, calib),
+        lambda planner: planned(planner, budget, refine),
         model,
         stats or out.with_suffix(STATS),
         PlannerOptions(
@@ -246,9 +238,6 @@ class PlannerOptions:
 
 def with_planner(action: Callable[[Planner], Any], model: str, folder: Path, options: PlannerOptions) -> Any:
     """What action(planner) returns, with a progress bar on stderr for every phase."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from ..formats.base import open_source
     from ..palette import outer_palette
     from ..palette import palette as schemes_of
@@ -266,15 +255,7 @@ def with_planner(action: Callable[[Planner], Any], model: str, folder: Path, opt
         seed=o.calibration.seed,
     )
     chosen_outside = o.head_bits is None and o.embed_bits is None
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def step(phase: str, done: int, of: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=of)
-            bar.update(tasks[phase], completed=done, total=of)
-
+    with phases() as step:
         planner = Planner(
             open_source(model),
             template,
@@ -291,7 +272,7 @@ def with_planner(action: Callable[[Planner], Any], model: str, folder: Path, opt
         return action(planner)
 
 
-def planned(planner: Planner, budget: Budget, refine: int, calib: str) -> StoredPlan:
+def planned(planner: Planner, budget: Budget, refine: int) -> StoredPlan:
     """Everything from statistics to a plan that tells what is predicted of it."""
     from ..formats.kv_plan_file import write_kv_plan
     from ..plan_refine import Refinement
@@ -300,17 +281,18 @@ def planned(planner: Planner, budget: Budget, refine: int, calib: str) -> Stored
     planner.check(budget)
     planner.measure()
     if budget.memory_bytes is not None:
-        planner.cache = cache_of(planner, calib)
+        planner.cache = cache_of(planner)
         write_kv_plan(planner.folder, planner.cache)
     solved, rounds = Refinement(planner).refine(budget, refine)
     return stored_plan(planner, solved, budget, rounds, command_line())
 
 
-def cache_of(planner: Planner, calib: str) -> StoredKVPlan:
+def cache_of(planner: Planner) -> StoredKVPlan:
     """Sensitivities of the original model's cache, those that the folder has or new ones."""
     from ..calibrate.plan import PlanError
     from .plan_kv import measured_cache
 
+    calib = planner.calibration.text
     if calib == "self":
         raise PlanError("--memory: the cache is planned on written text; give a file, or builtin (--calib)")
     config = planner.source.config
@@ -330,13 +312,27 @@ def cache_of(planner: Planner, calib: str) -> StoredKVPlan:
     )
 
 
-def sized(option: str, text: str) -> int:
-    from ..calibrate.plan import PlanError
+def budget_of(
+    bits: float | None,
+    size_: str | None,
+    memory: str | None,
+    context: int | None,
+    batch: int,
+    tokens_per_second: float | None,
+    threads: int | None,
+) -> Budget:
+    """The budget that options ask for. PlanError where they make none."""
+    from ..plan_budget import Budget
 
-    try:
-        return parse_size(text)
-    except (ValueError, OverflowError):
-        raise PlanError(f"{option} {text!r} is no size such as 90MB or 4GB") from None
+    return Budget(
+        bits=bits,
+        size_bytes=None if size_ is None else sized("--size", size_),
+        memory_bytes=None if memory is None else sized("--memory", memory),
+        context=context,
+        batch=batch,
+        tokens_per_second=tokens_per_second,
+        threads=threads,
+    )
 
 
 def check_place(out: Path) -> None:
@@ -350,10 +346,12 @@ def check_place(out: Path) -> None:
 
 
 def command_line() -> str:
+    """The command as it was typed, for files to keep."""
     return shlex.join(["quantize", *sys.argv[1:]])
 
 
 def summary_of(stored: StoredPlan) -> dict[str, Any]:
+    """What `--json` prints of a plan."""
     return {
         "bits_per_weight": stored.bits_per_weight,
         "predicted": stored.predicted.model_dump(),
@@ -368,21 +366,21 @@ def show(stored: StoredPlan, out: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..calibrate.weight_kinds import kinds_of
     from ..plan_amounts import CHUNK
 
     console = Console(soft_wrap=True, highlight=False)
-    kinds: dict[str, list[Any]] = {}
+    named, kinds = kinds_of(stored.weights), dict[str, list[Any]]()
     for name, weight in stored.weights.items():
-        role = name.removesuffix(".weight").rpartition(".")[2] if weight.part == "linear" else weight.part
-        kinds.setdefault(role, []).append(weight)
+        kinds.setdefault(named[name] if weight.part == "linear" else weight.part, []).append(weight)
     table = Table("weights", "number", "bits, mean", "least", "most", "bytes", "KL", box=None)
-    for role, found in kinds.items():
+    for kind, found in kinds.items():
         bits = [w.bits for w in found]
         total, numbers = sum(w.bytes for w in found), sum(w.bytes * 8 / w.bits for w in found)
         kl = sum(w.predicted for w in found)
         mean = 8 * total / numbers
         table.add_row(
-            role, str(len(found)), f"{mean:.2f}", f"{min(bits):.2f}", f"{max(bits):.2f}", size(total), f"{kl:.4f}"
+            kind, str(len(found)), f"{mean:.2f}", f"{min(bits):.2f}", f"{max(bits):.2f}", size(total), f"{kl:.4f}"
         )
     console.print(table)
     p = stored.predicted
@@ -412,6 +410,7 @@ def show(stored: StoredPlan, out: Path, seconds: float) -> None:
 
 
 def draw_front(points: list[dict[str, Any]], path: Path) -> None:
+    """The points of `pareto` as a PNG."""
     from matplotlib.figure import Figure
 
     from .picture import write_picture

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .text import duration, parse_size, size
+from .phases import phases
+from .text import duration, size, sized
 
 BITS = 3.25
 
@@ -63,7 +64,7 @@ def plan_kv(
         raise PlanError(f"--kl-tokens is 1 or more, --mixes 0 or more; got {kl_tokens} and {mixes}")
     if bytes_ is None and bits is None:
         bits = BITS
-    budget = KVBudget(bits, None if bytes_ is None else _size(bytes_), context, batch)
+    budget = KVBudget(bits, None if bytes_ is None else sized("--bytes", bytes_), context, batch)
     source = open_source(model)
     if out is None and not isinstance(source, NativeSource):
         raise PlanError(f"{model} is not packed and is left alone; say where the plan goes with --out FOLDER_OR_FILE")
@@ -81,15 +82,6 @@ def plan_kv(
         print(json.dumps(values))
     else:
         _show(solved, allocation, values)
-
-
-def _size(text: str) -> int:
-    from ..calibrate.plan import PlanError
-
-    try:
-        return parse_size(text)
-    except (ValueError, OverflowError):
-        raise PlanError(f"--bytes {text!r} is no size such as 200MB or 2GB") from None
 
 
 def _lengths(text: str) -> list[int]:
@@ -115,7 +107,6 @@ def measured_cache(
 ) -> Any:
     """The stored plan where it tells of the same model and text, else a new one, measured with a progress bar."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from ..calibrate.text import Calibration, CalibrationError, check_length, sequences
     from ..evaluation import load_any, load_tokenizer
@@ -146,14 +137,7 @@ def measured_cache(
     name = text if text == "builtin" else Path(text).name
     with layers_made_with(EXACT):
         model = drop_plan(load_any(source, dtype))
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            tasks: dict[str, Any] = {}
-
-            def step(phase: str, done: int, of: int) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bar.add_task(phase, total=of)
-                bar.update(tasks[phase], completed=done, total=of)
-
+        with phases() as step:
             planner = KVPlanner(
                 model,
                 KVText(prepared, name, fingerprint),

@@ -13,7 +13,7 @@ import typer
 
 from .plan import Batch, Context, Memory, Palette, PlannerOptions, Refine, Serve, Size, Threads, TokensPerSecond
 from .run_plan import RunBudget, bless, plan_for_run
-from .text import duration, parse_size, peak_memory, size
+from .text import duration, peak_memory, size, sized
 
 
 def register(app: typer.Typer) -> None:
@@ -122,10 +122,7 @@ def run(
     from ..plan_result import planned_cache
     from ..recipe import make_plan
 
-    try:
-        shard = parse_size(max_shard_size)
-    except (ValueError, OverflowError):
-        raise PlanError(f"--max-shard-size {max_shard_size!r} is no size such as 500MB or 5GB") from None
+    shard = sized("--max-shard-size", max_shard_size)
     if dtype not in ("float32", "bfloat16"):
         raise PlanError(f"--dtype is float32 or bfloat16; got {dtype!r}")
     choose_device(device)  # before anything is read

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import with_progress
-from .plan import PlannerOptions, command_line, planned, sized, with_planner
+from .plan import PlannerOptions, budget_of, command_line, planned, with_planner
 
 if TYPE_CHECKING:
     from ..calibrate.text import Calibration
@@ -90,20 +90,10 @@ def plan_for_run(
 def _made(model: str, folder: Path, budget: RunBudget, options: PlannerOptions, refine: int) -> StoredPlan:
     """A plan for the budget, kept in the folder so that an interrupted run does not make it again."""
     from ..formats.plan_file import PLAN_NAME, write_plan
-    from ..plan_budget import Budget
 
-    wanted = Budget(
-        bits=budget.bits,
-        size_bytes=None if budget.size is None else sized("--size", budget.size),
-        memory_bytes=None if budget.memory is None else sized("--memory", budget.memory),
-        context=budget.context,
-        batch=budget.batch,
-        tokens_per_second=budget.tokens_per_second,
-        threads=budget.threads,
-    )
-    stored: StoredPlan = with_planner(
-        lambda planner: planned(planner, wanted, refine, options.calibration.text), model, folder, options
-    )
+    b = budget
+    wanted = budget_of(b.bits, b.size, b.memory, b.context, b.batch, b.tokens_per_second, b.threads)
+    stored: StoredPlan = with_planner(lambda planner: planned(planner, wanted, refine), model, folder, options)
     write_plan(folder / PLAN_NAME, stored)
     return stored
 

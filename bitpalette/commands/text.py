@@ -34,6 +34,16 @@ def parse_size(text: str) -> int:
     raise ValueError(text)
 
 
+def sized(option: str, text: str) -> int:
+    """Bytes. PlanError, with the option's name, for what is no size."""
+    from ..calibrate.plan import PlanError
+
+    try:
+        return parse_size(text)
+    except (ValueError, OverflowError):
+        raise PlanError(f"{option} {text!r} is no size such as 90MB or 4GB") from None
+
+
 def peak_memory() -> int:
     """Largest resident set of this process so far, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
